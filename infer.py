@@ -1,0 +1,183 @@
+"""What does it answer for my page?
+
+    python infer.py --model runs/my-run --image receipt.png "What is the total amount?"
+    python infer.py --image a.png --image b.png "What differs between the two pages?"
+    python infer.py --image https://example.com/page.jpg                          no question: a chat
+    python infer.py --questions questions.jsonl --batch 8 > answers.jsonl         {"question", "images"} a line
+
+The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
+belongs; without any, the images come first, one to a line.
+"""
+import argparse
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from model import InputError, InternVL
+from model.errors import OneLineParser, run
+from model.generate import generate
+from model.prompt import conversation_prompt
+from model.tiling import read_image, tile_page
+
+URL_SECONDS, URL_BYTES = 20, 50_000_000         # what an image behind an address may take
+
+
+def parse_arguments():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?", help="what to ask; none: a chat, or one question a line from standard input")
+    parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH|URL", help="an image; may be given several times")
+    parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
+    parser.add_argument("--batch", type=int, default=1, help="questions of --questions answered at once (%(default)s)")
+    parser.add_argument("--max-tiles", type=int, default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn tokens (%(default)s)")
+    parser.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
+    arguments = parser.parse_args()
+    for name in ("batch", "max_tiles", "max_new_tokens"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is less than 1")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error(f"--temperature {arguments.temperature} --top-p {arguments.top_p}: expected 0 or more, and over 0 up to 1")
+    return arguments
+
+
+def load_image(source):
+    """A Pillow image from a path or an http(s) address. Raises InputError."""
+    if not source.startswith(("http://", "https://")):
+        return read_image(source, source)
+    try:
+        with urllib.request.urlopen(source, timeout=URL_SECONDS) as response:
+            data = response.read(URL_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be fetched ({error})") from error
+    if len(data) > URL_BYTES:
+        raise InputError(f"{source}: more than {URL_BYTES:,} bytes; expected an image")
+    return read_image(data, source)
+
+
+def cut_images(model, sources, max_tiles):
+    """The tiles of each image, uint8 (n, 3, 448, 448)."""
+    config = model.config
+    return [tile_page(load_image(source), max_tiles, config.vision.tile_pixels, config.thumbnail) for source in sources]
+
+
+def make_prompt(model, tiles, turns, max_new_tokens):
+    """Tiles of all images in one array, and the prompt. Raises InputError for what the model has no positions for."""
+    prompt = conversation_prompt(model.tokenizer, model.config.tokens_per_tile, [len(t) for t in tiles], turns)
+    most = model.config.language.max_positions
+    if len(prompt.ids) + max_new_tokens > most:
+        raise InputError(f"{len(prompt.ids)} tokens of prompt and {max_new_tokens} of answer exceed the model's {most}; "
+                         "lower --max-tiles or --max-new-tokens, or ask with fewer images or words")
+    return np.concatenate(tiles) if tiles else [], prompt
+
+
+def ask(model, arguments, turns, tiles, show=lambda text: None):
+    """Answer the last of `turns`, calling `show` with each piece of text as it comes. Returns the object that --json prints."""
+    page = make_prompt(model, tiles, turns, arguments.max_new_tokens)
+    started, first, tokens, shown = time.perf_counter(), None, [], ""
+    for step in generate(model, [page], arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed):
+        first = first or time.perf_counter()
+        tokens += step
+        text = decode(model, tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):          # half a character: wait for the rest of its bytes
+            show(text[len(shown):])
+            shown = text
+    show(decode(model, tokens)[len(shown):])
+    finished = time.perf_counter()
+    return describe(model, turns[-1][0], tokens, tiles, page, first - started,
+                    (len(tokens) - 1) / (finished - first) if len(tokens) > 1 else None)
+
+
+def decode(model, tokens):
+    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def describe(model, question, tokens, tiles, page, prefill_seconds, decode_tokens_per_second):
+    return {"question": question, "answer": decode(model, tokens), "tokens": tokens, "tiles": [len(t) for t in tiles],
+            "prompt_tokens": len(page[1].ids), "prefill_seconds": prefill_seconds,
+            "decode_tokens_per_second": decode_tokens_per_second}
+
+
+def answer_one(model, arguments, turns, tiles):
+    """Ask and print; returns the answer."""
+    if arguments.json:
+        result = ask(model, arguments, turns, tiles)
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+    else:
+        result = ask(model, arguments, turns, tiles, show=lambda text: print(text, end="", flush=True))
+        print(flush=True)
+    return result["answer"]
+
+
+def chat(model, arguments, tiles):
+    """Questions from the terminal or, one a line, from standard input; each sees the conversation before it."""
+    turns = []
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True) if sys.stdin.isatty() else None
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            answer = answer_one(model, arguments, [*turns, (line.strip(), None)], tiles)
+            turns.append((line.strip(), answer))
+
+
+def answer_file(model, arguments):
+    """Answer the questions of a jsonl file, --batch at a time; print one object a line, in the file's order."""
+    path = Path(arguments.questions)
+    asked = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line) if line.strip() else None
+            if entry:
+                images = [entry["images"]] if isinstance(entry.get("images"), str) else entry.get("images") or []
+                # a path is taken from here or, if there is no such file, from beside the questions
+                images = [str(path.parent / i) if "://" not in i and not Path(i).exists() else i for i in images]
+                asked.append((entry["question"], images))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}:{number}: not a question ({type(error).__name__}: {error}); expected "
+                             '{"question": "...", "images": ["..."]}') from error
+    for start in range(0, len(asked), arguments.batch):
+        batch = asked[start:start + arguments.batch]
+        tiles = [cut_images(model, images, arguments.max_tiles) for _, images in batch]
+        pages = [make_prompt(model, t, [(question, None)], arguments.max_new_tokens) for t, (question, _) in zip(tiles, batch)]
+        started, times = time.perf_counter(), []
+        steps = []
+        for step in generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed):
+            steps.append(step)
+            times.append(time.perf_counter() - started)
+        for (question, _), t, page, column in zip(batch, tiles, pages, zip(*steps)):
+            tokens = [token for token in column if token is not None]
+            n = len(tokens)
+            speed = (n - 1) / (times[n - 1] - times[0]) if n > 1 else None
+            print(json.dumps(describe(model, question, tokens, t, page, times[0], speed), ensure_ascii=False), flush=True)
+
+
+def main():
+    arguments = parse_arguments()
+    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    if arguments.questions:
+        return answer_file(model, arguments)
+    tiles = cut_images(model, arguments.image, arguments.max_tiles)
+    if arguments.question is not None:
+        answer_one(model, arguments, [(arguments.question, None)], tiles)
+    else:
+        chat(model, arguments, tiles)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,144 @@
+"""What is Qwen2? A decoder that reads a row of tokens: image tokens and words alike.
+
+One shape of attention serves everything: the queries of new tokens over the keys of what came before and of themselves.
+A token sees every earlier token of its page that belongs to the prefix (branch 0) or to its own branch:
+
+                        keys  prefix | question 1 | question 2
+    queries  prefix           causal |            |                 first call: plain causal, no mask, the long part
+             question 1       all    | causal     |                 second call: all branches at once,
+             question 2       all    |            | causal          a small mask [branches, prefix + branches]
+
+The branches of a page in training, the next turn of a chat and one decoded token are the same call with another mask.
+
+Source: Qwen2 technical report (arXiv 2407.10671), section 2; grouped-query attention arXiv 2305.13245; rotary positions
+arXiv 2104.09864; SwiGLU arXiv 2002.05202. FACTS: "Qwen2 decoder".
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from model.layers import Linear, RMSNorm
+
+
+class Cache:
+    """Keys and values of one page's tokens so far, in every layer; allocated once for `capacity` tokens."""
+
+    def __init__(self, config, capacity, device, dtype):
+        shape = (config.layers, config.kv_heads, capacity, config.head_width)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.branches = torch.empty(0, dtype=torch.long)            # of each token held
+
+    def put(self, layer, start, k, v):
+        """Store (K, n, d) keys and values from token `start` on; return those of all tokens up to there."""
+        stop = start + k.shape[1]
+        self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, v
+        return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+
+
+@dataclass
+class LookBack:
+    """What the new tokens of one page may see."""
+    tokens: int                         # how many they are in the row
+    causal: int                         # the first of them, the prefix of a page: plain causal, no mask
+    mask: torch.Tensor | None           # for the others, bool (tokens - causal, past + tokens); None: all they see is allowed
+    cache: Cache | None
+    past: int                           # tokens of the page that the cache holds already
+
+
+def look_back(branches, cache=None, device="cpu"):
+    """Plan the attention of one page's new tokens.
+
+    `branches`: int64 (n,) on the CPU, 0 for the prefix, 1, 2, ... for the questions. With a `cache`, what it holds is the
+    page's past, and the new tokens are entered into it.
+    """
+    past = cache.branches if cache else branches[:0]
+    held = torch.cat([past, branches])
+    ends = (branches != 0).nonzero()
+    causal = 0 if len(past) else int(ends[0]) if len(ends) else len(branches)
+    order = torch.arange(len(held))
+    others = slice(len(past) + causal, None)
+    mask = (held == 0) | (held == held[others, None])               # the prefix, or the token's own branch,
+    mask &= order <= order[others, None]                            # and nothing later
+    if cache:
+        cache.branches = held
+    return LookBack(len(branches), causal, None if mask.all() else mask.to(device), cache, len(past))
+
+
+def rotation(positions, head_width, theta, dtype):
+    """Cosine and sine of every token's rotary angles, each (L, head_width) of `dtype`; angles are float32."""
+    frequency = 1 / theta ** (torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
+    angle = positions[:, None].float() * frequency                  # (L, head_width / 2)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn (heads, L, d) queries or keys by their positions: pairs are (i, i + d/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_width = layer, config.head_width
+        self.query = Linear(config.width, config.heads * config.head_width)
+        self.key = Linear(config.width, config.kv_heads * config.head_width)
+        self.value = Linear(config.width, config.kv_heads * config.head_width)
+        self.out = Linear(config.heads * config.head_width, config.width, bias=False)
+
+    def forward(self, x, cos, sin, pages):                                          # (L, D)
+        q, k, v = (rearrange(part(x), "l (h d) -> h l d", d=self.head_width) for part in (self.query, self.key, self.value))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                             # (H, L, d), (K, L, d)
+        sizes = [page.tokens for page in pages]
+        seen = [self.attend(*qkv, page) for *qkv, page in zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), pages)]
+        return self.out(rearrange(torch.cat(seen, dim=2), "1 h l d -> l (h d)"))    # (L, D)
+
+    def attend(self, q, k, v, page):
+        """One page: q (H, n, d), k and v (K, n, d) -> (1, H, n, d)."""
+        if page.cache:
+            k, v = page.cache.put(self.layer, page.past, k, v)                      # (K, past + n, d)
+        q, k, v, n = q[None], k[None], v[None], page.causal
+        seen = []
+        if n > 0:
+            seen.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
+        if n < page.tokens:
+            seen.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
+        return torch.cat(seen, dim=2)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp_gate = Linear(config.width, config.mlp_width, bias=False)
+        self.mlp_up = Linear(config.width, config.mlp_width, bias=False)
+        self.mlp_down = Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x, cos, sin, pages):                                          # (L, D)
+        x = x + self.attention(self.attention_norm(x), cos, sin, pages)
+        y = self.mlp_norm(x)
+        return x + self.mlp_down(F.silu(self.mlp_gate(y)) * self.mlp_up(y))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = Linear(config.width, config.vocabulary, bias=False)             # stored on its own, never tied
+
+    def forward(self, x, positions, pages):
+        """Embedded row (L, D), int64 positions (L,), one LookBack a page -> (L, D), ready for `head`."""
+        cos, sin = rotation(positions, self.config.head_width, self.config.rope_theta, x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin, pages)
+        return self.norm(x)

@@ -1,0 +1,153 @@
+"""Which exact tokens does the model read, and which of them does it learn?
+
+A page is written once, its questions are branches of it:
+
+    branch 0    <|im_start|>system\\n{SYSTEM}<|im_end|><|im_start|>user\\n<img><IMG_CONTEXT> x 256 x tiles</img>
+    branch 1    \\nWhat is the date?<|im_end|><|im_start|>assistant\\n[January 8, 1993.<|im_end|>]     in brackets: learned
+    branch 2    \\nWho signed it?<|im_end|><|im_start|>assistant\\n[W. Jones<|im_end|>]
+
+Every branch takes up the positions where the prefix ends. Tokens, labels, positions and branches are appended together,
+piece by piece, so a label can never be out of step with its token. Text that a user typed is always read as plain text:
+"<|im_end|>" in a question is eleven characters, not the end of the turn.
+
+Source: the template "Hermes-2" of InternVL2-1B; FACTS: "Conversation templates".
+"""
+from dataclasses import dataclass, field
+
+from model.errors import InputError
+
+SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+START, END = "<|im_start|>", "<|im_end|>"
+IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
+PLACEHOLDER = "<image>"                 # in a question: here comes the next image
+NOT_LEARNED = -100
+
+
+@dataclass
+class Prompt:
+    """What is read, token by token; the four lists have one length."""
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)         # the token's own id where it is learned, else NOT_LEARNED
+    positions: list[int] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)       # 0 prefix; 1, 2, ... one a question
+
+
+class Writer:
+    """Appends pieces to a prompt. Plain text between two special tokens is tokenised as one string."""
+
+    def __init__(self, tokenizer, tokens_per_tile):
+        self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
+        self.prompt, self.branch, self.position = Prompt(), 0, 0
+        self.waiting = ""                                   # plain text not tokenised yet
+
+    def text(self, text):
+        self.waiting += text
+
+    def special(self, token, count=1, learned=False):
+        self.flush()
+        self.append([special_id(self.tokenizer, token)] * count, learned)
+
+    def image(self, tiles):
+        self.special(IMAGE_OPEN)
+        self.special(IMAGE_TOKEN, tiles * self.tokens_per_tile)
+        self.special(IMAGE_CLOSE)
+
+    def system(self):
+        self.special(START)
+        self.text(f"system\n{SYSTEM}")
+        self.special(END)
+        self.special(START)
+
+    def reply(self, answer):
+        """End the user's turn; write the answer, learned, or stop where the model is to begin it (`answer` None)."""
+        self.special(END)
+        self.special(START)
+        self.text("assistant\n")
+        self.flush()
+        if answer is not None:
+            self.text(answer)
+            self.flush(learned=True)
+            self.special(END, learned=True)
+
+    def flush(self, learned=False):
+        if self.waiting:
+            ids = self.tokenizer(self.waiting, add_special_tokens=False, split_special_tokens=True).input_ids
+            self.append(ids, learned)
+            self.waiting = ""
+
+    def append(self, ids, learned):
+        prompt = self.prompt
+        prompt.ids += ids
+        prompt.labels += ids if learned else [NOT_LEARNED] * len(ids)
+        prompt.positions += range(self.position, self.position + len(ids))
+        prompt.branches += [self.branch] * len(ids)
+        self.position += len(ids)
+
+
+def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_length=None):
+    """Write a page with all its questions.
+
+    `tiles`: tiles of each of the page's images, which come first, one to a line. `answers`: one a question, learned; None
+    leaves the questions open for generation. `max_length`: tokens of a question together with the prefix.
+    Returns the prompt and the indices of the questions left out because they do not fit. With none left the prompt holds
+    the prefix alone.
+
+    >>> page_prompt(tokenizer, 256, [7], ["What is the date?"], ["January 8, 1993."])[0].ids[-2:]
+    [13, 151645]
+    """
+    writer = Writer(tokenizer, tokens_per_tile)
+    writer.system()
+    writer.text("user\n" if tiles else "")
+    for i, count in enumerate(tiles):
+        writer.text("\n" if i else "")
+        writer.image(count)
+    prompt, too_long = writer.prompt, []
+    prefix = len(prompt.ids)
+    for i, question in enumerate(questions):
+        begin = len(prompt.ids)
+        writer.branch, writer.position = writer.branch + 1, prefix
+        writer.text(("\n" if tiles else "user\n") + question)
+        writer.reply(answers[i] if answers is not None else None)
+        if max_length and prefix + len(prompt.ids) - begin > max_length:
+            for column in (prompt.ids, prompt.labels, prompt.positions, prompt.branches):
+                del column[begin:]
+            writer.branch -= 1
+            too_long.append(i)
+    return prompt, too_long
+
+
+def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns):
+    """Write one conversation: a prompt of branch 0 alone.
+
+    `tiles`: tiles of each image, in order. `turns`: (question, answer) pairs; the last answer may be None, to be generated.
+    Each image takes the place of the next "<image>" in the questions; without any, the images come first, one to a line.
+    Raises InputError for fewer places than images.
+    """
+    places = sum(question.count(PLACEHOLDER) for question, _ in turns)
+    if tiles and not places:
+        turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
+    elif places < len(tiles):
+        raise InputError(f"{len(tiles)} images, but {places} {PLACEHOLDER} in the question: write one for each image, or none")
+    writer, images = Writer(tokenizer, tokens_per_tile), iter(tiles)
+    writer.system()
+    for i, (question, answer) in enumerate(turns):
+        if i:
+            writer.special(START)
+        writer.text("user\n")
+        for j, part in enumerate(question.split(PLACEHOLDER)):
+            count = next(images, None) if j else None
+            if count is not None:
+                writer.image(count)
+            elif j:
+                writer.text(PLACEHOLDER)                    # more places than images: what is left over is plain text
+            writer.text(part)
+        writer.reply(answer)
+    return writer.prompt
+
+
+def special_id(tokenizer, token):
+    """The id of one special token. Raises InputError for a tokenizer that lacks it."""
+    index = tokenizer.convert_tokens_to_ids(token)
+    if index is None or index == tokenizer.unk_token_id:
+        raise InputError(f"the tokenizer has no {token}; the model folder needs InternVL2's own tokenizer files")
+    return index

@@ -1,0 +1,71 @@
+"""What is InternViT? A vision transformer over the patches of one tile; tiles do not see each other.
+
+Source: InternVL (arXiv 2312.14238); FACTS: "Vision tower forward". Differences from a textbook ViT: layer scale on both
+branches, no norm after the last block, an exact GELU.
+"""
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from model.layers import LayerNorm, Linear
+
+# Mean and deviation of ImageNet's colours, RGB: the encoder was trained on pixels normalised with them.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalise(tiles, dtype):
+    """uint8 (N, 3, S, S) -> `dtype` of the same shape, computed in float32 on the tiles' own device."""
+    mean, deviation = (torch.tensor(c, device=tiles.device).view(3, 1, 1) for c in (MEAN, DEVIATION))
+    # 255 as a tensor: dividing by a number, CUDA multiplies with its rounded reciprocal
+    return ((tiles.float() / torch.tensor(255.0, device=tiles.device) - mean) / deviation).to(dtype)
+
+
+class Attention(nn.Module):
+    """Every patch looks at every patch of its tile."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
+
+    def forward(self, x):                                                           # (N, 1025, D)
+        q, k, v = rearrange(self.qkv(x), "n l (qkv h d) -> qkv n h l d", qkv=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "n h l d -> n l (h d)"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.attention_scale = nn.Parameter(torch.ones(config.width))               # layer scale, arXiv 2103.17239
+        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp_up = Linear(config.width, config.mlp_width)
+        self.mlp_down = Linear(config.mlp_width, config.width)
+        self.mlp_scale = nn.Parameter(torch.ones(config.width))
+
+    def forward(self, x):                                                           # (N, 1025, D)
+        x = x + self.attention_scale.to(x.dtype) * self.attention(self.attention_norm(x))
+        return x + self.mlp_scale.to(x.dtype) * self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.patch = nn.Conv2d(3, config.width, config.patch_pixels, stride=config.patch_pixels)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.position = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, tiles, dtype):
+        """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` a patch, row by row."""
+        x = normalise(tiles, dtype)
+        x = F.conv2d(x, self.patch.weight.to(dtype), self.patch.bias.to(dtype), stride=self.patch.stride)
+        x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)
+        x = torch.cat([self.class_token.to(dtype).expand(len(x), -1, -1), x], dim=1) + self.position.to(dtype)
+        for block in self.blocks:
+            x = block(x)                                                            # (N, 1025, D)
+        return x[:, 1:]                                                             # the class token is not used

@@ -1,0 +1,83 @@
+"""The reference: transformers' own InternVL, given the same weights. Nobody here wrote it. FACTS: "transformers-native"."""
+import re
+
+import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from model.checkpoint import official_name
+from model.prompt import IMAGE_TOKEN, special_id
+
+NATIVE_NAMES = (                        # official -> native, first match, applied once
+    (r"vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
+    (r"vision_model\.embeddings\.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
+    (r"vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.ls(\d)", r"model.vision_tower.encoder.layer.\1.lambda_\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.norm1", r"model.vision_tower.encoder.layer.\1.layernorm_before"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.norm2", r"model.vision_tower.encoder.layer.\1.layernorm_after"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.attn\.proj", r"model.vision_tower.encoder.layer.\1.attention.projection_layer"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv", r"model.vision_tower.encoder.layer.\1.attention.#_proj"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp", r"model.vision_tower.encoder.layer.\1.mlp"),
+    (r"mlp1\.0", "model.multi_modal_projector.layer_norm"),
+    (r"mlp1\.1", "model.multi_modal_projector.linear_1"),
+    (r"mlp1\.3", "model.multi_modal_projector.linear_2"),
+    (r"language_model\.model", "model.language_model"),
+    (r"language_model\.lm_head", "lm_head"),
+)
+
+
+def native_tensors(official):
+    """{official name: tensor} -> {native name: tensor}; the fused qkv is cut into thirds."""
+    native = {}
+    for name, tensor in official.items():
+        for pattern, replacement in NATIVE_NAMES:
+            renamed, count = re.subn(f"^{pattern}", replacement, name)
+            if count:
+                break
+        else:
+            raise KeyError(name)
+        if "#" in renamed:
+            native |= {renamed.replace("#", part): third for part, third in zip("qkv", tensor.chunk(3))}
+        else:
+            native[renamed] = tensor
+    return native
+
+
+def reference_model(model):
+    """transformers' InternVL in the shape and with the weights of `model`, in its dtype."""
+    vision, language = model.config.vision, model.config.language
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=vision.width, num_hidden_layers=vision.layers, num_attention_heads=vision.heads,
+            intermediate_size=vision.mlp_width, image_size=vision.tile_pixels, patch_size=vision.patch_pixels,
+            attention_bias=True, use_qk_norm=False, hidden_act="gelu", norm_type="layer_norm", layer_norm_eps=vision.norm_eps,
+            use_absolute_position_embeddings=True, use_mask_token=False, use_mean_pooling=True, layer_scale_init_value=1.0),
+        text_config=Qwen2Config(
+            vocab_size=language.vocabulary, hidden_size=language.width, intermediate_size=language.mlp_width,
+            num_hidden_layers=language.layers, num_attention_heads=language.heads, num_key_value_heads=language.kv_heads,
+            max_position_embeddings=language.max_positions, rms_norm_eps=language.norm_eps, use_sliding_window=False,
+            rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta}, tie_word_embeddings=False),
+        image_token_id=special_id(model.tokenizer, IMAGE_TOKEN), downsample_ratio=0.5, projector_hidden_act="gelu",
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False)
+    with torch.device("meta"):
+        reference = InternVLForConditionalGeneration(config)
+    tensors = {official_name(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    reference.load_state_dict(native_tensors(tensors), strict=True, assign=True)
+    reference.model.language_model.rotary_emb = Qwen2RotaryEmbedding(config.text_config)     # its buffers are not stored
+    return reference.eval()
+
+
+def randomise(model, seed=0):
+    """Nudge what is built as zeros or ones (biases, norms, layer scale), so that a test sees each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def reference_pixels(tiles):
+    """uint8 tiles -> the pixel_values that the reference takes, normalised as in the official code."""
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (torch.as_tensor(tiles).float() / 255 - mean[:, None, None]) / deviation[:, None, None]

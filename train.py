@@ -1,0 +1,390 @@
+"""How does the loss go down? Fine-tune InternVL2's projector on the questions people asked about scanned documents.
+
+    python train.py                                     InternVL2-1B on DocumentVQA, both streamed from the Hub, one GPU
+    python train.py --tiny                              the same code on a small model and drawn pages: offline, on a CPU
+    python train.py --model FOLDER --data FOLDER        local files in the Hub's layout
+
+Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its loss
+is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
+"""
+import argparse
+import collections
+import itertools
+import json
+import math
+import resource
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Examples, PageStream, count_rows, gather, load_examples, open_rows
+from model import InputError, InternVL
+from model.checkpoint import CHECKPOINTS, SETTINGS, latest_checkpoint, load_checkpoint, save_checkpoint
+from model.errors import OneLineParser, run
+from model.generate import generate
+from model.prompt import page_prompt
+
+PARTS = ("projector", "llm", "vision")
+TINY = dict(model="tiny", data="synthetic", train="all", from_scratch=True, accumulate=8, steps=200, lr=3e-3, warmup=0.05,
+            eval_every=50, eval_pages=32, device="cpu", workers=0)
+METRICS = "metrics.jsonl"
+SHOWN_PAGES, SHOWN_TOKENS = 2, 32       # validation pages in samples.md, and the longest answer there
+
+
+# --------------------------------------------------------------------------------------------------------------- settings
+
+def parse_settings():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--tiny", action="store_true", help="small model, drawn pages, CPU: sets the defaults of other flags")
+    data.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
+    data.add_argument("--from-scratch", action="store_true", help="random weights in the shape that --model describes")
+    data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, or synthetic (%(default)s)")
+    data.add_argument("--train", default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
+    data.add_argument("--max-tiles", type=at_least(1), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
+    data.add_argument("--max-length", type=at_least(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
+    data.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="pages in seeded order, or in file order")
+    data.add_argument("--look-ahead", type=at_least(1), default=512, help="rows over which a page's questions are gathered (%(default)s)")
+    batch = parser.add_argument_group("batch and length of the run")
+    batch.add_argument("--batch-pages", type=at_least(1), default=1, help="pages in a micro-batch (%(default)s)")
+    batch.add_argument("--accumulate", type=at_least(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    batch.add_argument("--steps", type=at_least(1), help="optimizer steps; with --epochs, the first one reached")
+    batch.add_argument("--epochs", type=at_least(1), help="times through the data (1 if --steps is not given)")
+    optimizer = parser.add_argument_group("optimizer: AdamW, betas 0.9 and 0.999")
+    optimizer.add_argument("--lr", type=number(0), default=4e-5, help="highest learning rate (%(default)s)")
+    optimizer.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="how it falls (%(default)s)")
+    optimizer.add_argument("--warmup", type=number(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
+    optimizer.add_argument("--weight-decay", type=number(0), default=0.01, help="of matrices, not of biases and norms; 0: none (%(default)s)")
+    optimizer.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0: no clipping (%(default)s)")
+    log = parser.add_argument_group("evaluation and files")
+    log.add_argument("--eval-every", type=at_least(0), default=200, help="steps between validations; 0: none (%(default)s)")
+    log.add_argument("--eval-pages", type=at_least(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    log.add_argument("--save-every", type=at_least(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
+    log.add_argument("--out", help="run folder (runs/ and the time of day)")
+    log.add_argument("--resume", metavar="RUN", help="go on from a run folder, with its settings")
+    log.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
+    machine.add_argument("--seed", type=int, default=0, help="of the pages' order and of random weights (%(default)s)")
+    machine.add_argument("--workers", type=at_least(0), default=4, help="processes that decode and tile pages (%(default)s)")
+    machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the blocks with torch.compile")
+
+    settings = parser.parse_args()
+    if settings.resume:
+        parser.set_defaults(**read_settings(settings.resume), out=settings.resume)
+    elif settings.tiny:
+        parser.set_defaults(**TINY)
+    settings = parser.parse_args()
+    if not settings.steps and not settings.epochs:
+        settings.epochs = 1
+    settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
+    settings.out = settings.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    if Path(settings.model).exists():
+        settings.model = str(Path(settings.model).resolve())            # the run can be used from any folder
+    return settings
+
+
+def at_least(smallest):
+    def whole_number(text):
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
+        return int(text)
+    return whole_number
+
+
+def number(smallest, largest=math.inf):
+    def real_number(text):
+        if not smallest <= float(text) <= largest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {smallest} and {largest}")
+        return float(text)
+    return real_number
+
+
+def read_settings(folder):
+    try:
+        return json.loads(Path(folder, SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: not a run folder ({error}); expected the --out of an earlier run") from error
+
+
+def open_run(settings):
+    """Make the run folder and write the settings into it."""
+    folder = Path(settings.out)
+    if (folder / SETTINGS).exists() and not settings.resume:
+        raise InputError(f"{folder}: holds a run already; choose another --out, or go on with --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
+        (folder / SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- model, optimizer
+
+def choose_parts(model, train):
+    """Let the named parts train, in float32; the rest stays frozen. Prints the table of parts."""
+    chosen = PARTS if train == "all" else train.split(",")
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise InputError(f"--train {train}: {unknown[0]!r} is no part of the model; expected {', '.join(PARTS)}, or all")
+    modules = dict(zip(PARTS, (model.projector, model.language, model.vision)))
+    for part in chosen:
+        modules[part].float().requires_grad_(True)
+    return {part: (module, part in chosen) for part, module in modules.items()}
+
+
+def print_parts(parts, lr):
+    print(f"{'part':<10} {'parameters':>12}  {'trains':<7} {'dtype':<9} learning rate")
+    for part, (module, trains) in parts.items():
+        count, dtype = sum(p.numel() for p in module.parameters()), str(next(module.parameters()).dtype).split(".")[-1]
+        print(f"{part:<10} {count:>12,}  {'yes' if trains else 'frozen':<7} {dtype:<9} {lr if trains else '-'}")
+
+
+def make_optimizer(model, settings):
+    """AdamW over what trains; decay for matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=settings.device.startswith("cuda"))
+
+
+def learning_rate(fraction, settings):
+    """The learning rate when `fraction` of the run, 0 to 1, is done."""
+    if fraction < settings.warmup:
+        return settings.lr * fraction / settings.warmup
+    fraction = (fraction - settings.warmup) / max(1 - settings.warmup, 1e-9)
+    return settings.lr * {"constant": 1.0, "linear": 1 - fraction, "cosine": (1 + math.cos(math.pi * fraction)) / 2}[settings.schedule]
+
+
+# ------------------------------------------------------------------------------------------------------------------- steps
+
+class Skips:
+    """Counts what is left out and names it; stops the run when more than 1 % of an epoch's pages cannot be read."""
+
+    def __init__(self, pages=0, questions=0):
+        self.pages, self.questions = pages, questions
+
+    def keep(self, examples, epoch_pages=0, epoch_skips=0):
+        """Yield the examples of one epoch that can be used."""
+        for example in examples:
+            epoch_pages += 1
+            if example.too_long:
+                self.questions += len(example.too_long)
+                tqdm.write(f"page {example.page.name}: {len(example.too_long)} questions do not fit --max-length, left out: "
+                           f"{example.too_long[0]!r}", file=sys.stderr)
+            if example.problem is None:
+                yield example
+                continue
+            self.pages, epoch_skips = self.pages + 1, epoch_skips + 1
+            tqdm.write(f"page {example.page.name} skipped: {example.problem}", file=sys.stderr)
+            if epoch_pages >= 100:
+                self.judge(epoch_pages, epoch_skips, example)
+        if epoch_skips:
+            self.judge(epoch_pages, epoch_skips, example)
+
+    @staticmethod
+    def judge(pages, skips, example):
+        if skips > max(1, pages // 100) or skips == pages:
+            raise InputError(f"{skips} of {pages} pages cannot be used, more than 1 %: the last is page {example.page.name}, "
+                             f"{example.problem or 'which can'}; mend the data, or leave these pages out of it")
+
+
+def chunks(items, size):
+    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def training_steps(loader, skips, settings):
+    """Yield the examples of one step after another; what is left over at the end of an epoch is a step of its own."""
+    for _, examples in itertools.groupby(loader, key=lambda example: example.page.epoch):
+        yield from chunks(skips.keep(examples), settings.batch_pages * settings.accumulate)
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(model, examples):
+    """Mean negative log-likelihood of the answer tokens of all examples."""
+    total, tokens = 0.0, 0
+    for example in examples:
+        total += model.loss(model.pack([(example.tiles, example.prompt)])).item()
+        tokens += example.answer_tokens
+    return total / tokens
+
+
+def write_samples(model, examples, step, folder):
+    """Let the model answer the questions of a few validation pages; append its answers to samples.md."""
+    lines = [f"\n## Step {step}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
+    for example in examples:
+        page = example.page
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(example.tiles)], page.questions)
+        columns = zip(*generate(model, [(example.tiles, prompt)], SHOWN_TOKENS))
+        answers = [model.tokenizer.decode([t for t in column if t is not None], skip_special_tokens=True) for column in columns]
+        lines += ["| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |"
+                  for row in zip([page.name] * len(answers), page.questions, answers, page.answers)]
+    with open(folder / "samples.md", "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def draw_curve(folder):
+    """Redraw curve.png, training and validation loss over steps, from metrics.jsonl."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = read_metrics(folder)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("train_loss", dict(color="tab:blue", alpha=0.5, linewidth=1)), ("val_loss", dict(color="tab:red", marker="o"))):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points), label={"train_loss": "training", "val_loss": "validation"}[key], **style)
+    axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+def read_metrics(folder):
+    path = folder / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def peak_gb(device):
+    """Most memory held so far, in GB: by the GPU's tensors, or by this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+
+def main():
+    settings = parse_settings()
+    if settings.export:
+        InternVL.from_pretrained(settings.export[0], device="cpu", dtype=torch.float32).save_pretrained(settings.export[1])
+        print(f"wrote {settings.export[1]}")
+        return
+
+    # model: what is frozen, what trains
+    folder = open_run(settings)
+    print(json.dumps(vars(settings)))
+    seed = {"seed": settings.seed} if settings.from_scratch else {}
+    build = InternVL.from_scratch if settings.from_scratch else InternVL.from_pretrained
+    model = build(settings.model, device=settings.device, dtype=settings.dtype, **seed)
+    print_parts(choose_parts(model, settings.train), settings.lr)
+    optimizer = make_optimizer(model, settings)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if settings.compile:
+        for block in [*model.vision.blocks, *model.language.blocks]:
+            block.compile(dynamic=True)
+
+    # where the run stands
+    state = {"step": 0, "epoch": 0, "index": 0, "questions": 0, "skipped_pages": 0, "skipped_questions": 0}
+    if settings.resume and (checkpoint := latest_checkpoint(folder)):
+        state = load_checkpoint(checkpoint, model, optimizer)
+        print(f"going on after step {state['step']}")
+    lines = [line for line in read_metrics(folder) if line["step"] <= state["step"]]
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skips = Skips(state["skipped_pages"], state["skipped_questions"])
+
+    # pages
+    counts = collections.Counter()
+    examples = Examples(model, settings.max_tiles, settings.max_length)
+    rows = open_rows(settings.data, "train", settings.seed)
+    epoch_rows = count_rows(settings.data, "train") if settings.epochs else 0
+    stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
+                        start=(state["epoch"], state["index"]), counts=counts)
+    loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
+    if settings.eval_every:
+        pages = list(itertools.islice(gather(open_rows(settings.data, "validation"), settings.look_ahead), settings.eval_pages))
+        validation = load_examples(pages, examples, settings.workers)
+        shown = [example for example in map(examples.__getitem__, pages[:SHOWN_PAGES]) if example.problem is None]
+
+    def fraction_done(step, questions):
+        """How much of the run lies behind, 0 to 1, by the limit that is nearer."""
+        by_steps = step / settings.steps if settings.steps else 0
+        return max(by_steps, questions / (settings.epochs * epoch_rows) if settings.epochs else 0)
+
+    def log(**line):
+        with open(folder / METRICS, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def evaluate_and_show(step):
+        loss = evaluate(model, Skips().keep(validation))
+        log(step=step, val_loss=loss)
+        write_samples(model, shown, step, folder)
+        draw_curve(folder)
+        bar.write(f"step {step:>6} | val loss {loss:.4f}")
+
+    def save(step):
+        state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions)
+        save_checkpoint(folder / CHECKPOINTS / f"step-{step:07d}.safetensors", model, optimizer, state)
+
+    bar = tqdm(total=100, unit="%", bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}", file=sys.stderr)
+    step = first = state["step"]
+    if settings.eval_every and not any("val_loss" in line for line in lines):
+        evaluate_and_show(step)
+    steps = training_steps(loader, skips, settings)
+    while step != settings.steps:
+        # ---------------------------------------------------------------------------------------------- a training step
+        started = time.perf_counter()
+        pages = next(steps, None)                                       # of all micro-batches: batch_pages x accumulate
+        if pages is None:
+            break
+        data_wait = time.perf_counter() - started
+        step += 1
+        tokens = sum(page.answer_tokens for page in pages)
+        questions = sum(page.page.rows for page in pages)
+        lr = learning_rate(fraction_done(step - 0.5, state["questions"] + questions / 2), settings)
+        loss = torch.zeros((), device=model.device)
+        for micro_batch in chunks(pages, settings.batch_pages):
+            micro_loss = model.loss(model.pack([(page.tiles, page.prompt) for page in micro_batch])) / tokens
+            micro_loss.backward()                                       # gradients add up over the micro-batches
+            loss += micro_loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+        loss, norm = torch.stack([loss, norm]).tolist()                 # the step's only wait for the device
+        if not math.isfinite(loss + norm):
+            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update, pages "
+                             f"{', '.join(page.page.name for page in pages)}; lower --lr, or look at these pages")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        # ----------------------------------------------------------------------------------------------------------------
+        seconds = time.perf_counter() - started
+        state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, questions=state["questions"] + questions)
+        line = dict(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=sum(len(p.page.questions) - len(p.too_long) for p in pages),
+                    answer_tokens=tokens, questions_per_second=questions / seconds, data_wait=data_wait, peak_gb=peak_gb(settings.device))
+        log(**line)
+        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {line['questions_per_second']:.1f} questions/s | "
+                            f"{line['peak_gb']:.1f} GB", refresh=False)
+        bar.update(100 * fraction_done(step, state["questions"]) - bar.n)
+        if settings.eval_every and step % settings.eval_every == 0:
+            evaluate_and_show(step)
+        if settings.save_every and step % settings.save_every == 0:
+            save(step)
+
+    if step == first:
+        raise InputError("nothing to train on: the run was complete already, or no page could be used")
+    if settings.eval_every and step % settings.eval_every:
+        evaluate_and_show(step)
+    bar.close()
+    save(step)
+    model.save_pretrained(folder)
+    print(f"{step} steps, {state['questions']} questions; skipped: {skips.pages} pages, {skips.questions} questions too long, "
+          f"{counts['split pages']} pages split by the look-ahead")
+    print(f"next: python infer.py --model {folder} --image PAGE \"What is the total?\"")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -65,10 +65,10 @@ def load_image(source):
     return read_image(data, source)
 
 
-def cut_images(model, sources, max_tiles):
-    """The tiles of each image, uint8 (n, 3, 448, 448)."""
+def cut_images(model, images, max_tiles):
+    """The tiles of each Pillow image, uint8 (n, 3, 448, 448)."""
     config = model.config
-    return [tile_page(load_image(source), max_tiles, config.vision.tile_pixels, config.thumbnail) for source in sources]
+    return [tile_page(image, max_tiles, config.vision.tile_pixels, config.thumbnail) for image in images]
 
 
 def make_prompt(model, tiles, turns, max_new_tokens):
@@ -153,7 +153,7 @@ def answer_file(model, arguments):
                              '{"question": "...", "images": ["..."]}') from error
     for start in range(0, len(asked), arguments.batch):
         batch = asked[start:start + arguments.batch]
-        tiles = [cut_images(model, images, arguments.max_tiles) for _, images in batch]
+        tiles = [cut_images(model, map(load_image, images), arguments.max_tiles) for _, images in batch]
         pages = [make_prompt(model, t, [(question, None)], arguments.max_new_tokens) for t, (question, _) in zip(tiles, batch)]
         started, times = time.perf_counter(), []
         steps = []
@@ -169,10 +169,11 @@ def answer_file(model, arguments):
 
 def main():
     arguments = parse_arguments()
+    images = [load_image(source) for source in arguments.image]        # before the model: a wrong path is told at once
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
     if arguments.questions:
         return answer_file(model, arguments)
-    tiles = cut_images(model, arguments.image, arguments.max_tiles)
+    tiles = cut_images(model, images, arguments.max_tiles)
     if arguments.question is not None:
         answer_one(model, arguments, [(arguments.question, None)], tiles)
     else:

@@ -12,6 +12,7 @@ import collections
 import itertools
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -71,7 +72,7 @@ def parse_settings():
     machine.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
     machine.add_argument("--seed", type=int, default=0, help="of the pages' order and of random weights (%(default)s)")
-    machine.add_argument("--workers", type=at_least(0), default=4, help="processes that decode and tile pages (%(default)s)")
+    machine.add_argument("--workers", type=at_least(0), default=min(4, os.cpu_count() or 1), help="processes that decode and tile pages (%(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the blocks with torch.compile")
 
     settings = parser.parse_args()
@@ -167,34 +168,38 @@ def learning_rate(fraction, settings):
 # ------------------------------------------------------------------------------------------------------------------- steps
 
 class Skips:
-    """Counts what is left out and names it; stops the run when more than 1 % of an epoch's pages cannot be read."""
+    """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used."""
 
     def __init__(self, pages=0, questions=0):
         self.pages, self.questions = pages, questions
 
-    def keep(self, examples, epoch_pages=0, epoch_skips=0):
-        """Yield the examples of one epoch that can be used."""
+    def keep(self, examples):
+        """Yield those examples of an epoch that can be used."""
+        read, skipped, last = 0, 0, ""
         for example in examples:
-            epoch_pages += 1
+            read += 1
             if example.too_long:
                 self.questions += len(example.too_long)
-                tqdm.write(f"page {example.page.name}: {len(example.too_long)} questions do not fit --max-length, left out: "
-                           f"{example.too_long[0]!r}", file=sys.stderr)
+                warn(f"page {example.page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
+                     f"left out, the first: {example.too_long[0]!r}")
             if example.problem is None:
                 yield example
-                continue
-            self.pages, epoch_skips = self.pages + 1, epoch_skips + 1
-            tqdm.write(f"page {example.page.name} skipped: {example.problem}", file=sys.stderr)
-            if epoch_pages >= 100:
-                self.judge(epoch_pages, epoch_skips, example)
-        if epoch_skips:
-            self.judge(epoch_pages, epoch_skips, example)
+            else:
+                self.pages, skipped, last = self.pages + 1, skipped + 1, f"page {example.page.name}: {example.problem}"
+                warn(f"{last}; skipped")
+                if read >= 100:
+                    self.judge(read, skipped, last)
+        if skipped:
+            self.judge(read, skipped, last)
 
     @staticmethod
-    def judge(pages, skips, example):
-        if skips > max(1, pages // 100) or skips == pages:
-            raise InputError(f"{skips} of {pages} pages cannot be used, more than 1 %: the last is page {example.page.name}, "
-                             f"{example.problem or 'which can'}; mend the data, or leave these pages out of it")
+    def judge(read, skipped, last):
+        if skipped > max(1, read // 100) or skipped == read:
+            raise InputError(f"{skipped} of {read} pages cannot be used, and 1 % is the limit; the last is {last}")
+
+
+def warn(text):
+    tqdm.write(text, file=sys.stderr)
 
 
 def chunks(items, size):
@@ -208,6 +213,21 @@ def training_steps(loader, skips, settings):
     """Yield the examples of one step after another; what is left over at the end of an epoch is a step of its own."""
     for _, examples in itertools.groupby(loader, key=lambda example: example.page.epoch):
         yield from chunks(skips.keep(examples), settings.batch_pages * settings.accumulate)
+
+
+def accumulate_gradients(model, examples, batch_pages):
+    """Add up the gradient of one step, micro-batch after micro-batch. Returns the step's loss, a float32 scalar.
+
+    Every micro-batch's summed loss is divided by the answer tokens of the whole step, so a token weighs the same whatever
+    micro-batch it is in: 1 x 16, 4 x 4 and 16 x 1 pages give the same gradient, and the logged loss is the whole step's.
+    """
+    tokens = sum(example.answer_tokens for example in examples)
+    step_loss = torch.zeros((), device=model.device)
+    for micro_batch in chunks(examples, batch_pages):
+        loss = model.loss(model.pack([(example.tiles, example.prompt) for example in micro_batch])) / tokens
+        loss.backward()                         # adds to .grad; the micro-batch's activations are freed here
+        step_loss += loss.detach()
+    return step_loss
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -268,122 +288,128 @@ def peak_gb(device):
 
 # -------------------------------------------------------------------------------------------------------------------- main
 
-def main():
-    settings = parse_settings()
-    if settings.export:
-        InternVL.from_pretrained(settings.export[0], device="cpu", dtype=torch.float32).save_pretrained(settings.export[1])
-        print(f"wrote {settings.export[1]}")
-        return
-
-    # model: what is frozen, what trains
-    folder = open_run(settings)
-    print(json.dumps(vars(settings)))
-    seed = {"seed": settings.seed} if settings.from_scratch else {}
-    build = InternVL.from_scratch if settings.from_scratch else InternVL.from_pretrained
-    model = build(settings.model, device=settings.device, dtype=settings.dtype, **seed)
+def load_model(settings):
+    """The model with its parts frozen or set to train; prints the table of parts."""
+    if settings.from_scratch:
+        model = InternVL.from_scratch(settings.model, settings.seed, settings.device, settings.dtype)
+    else:
+        model = InternVL.from_pretrained(settings.model, settings.device, settings.dtype)
     print_parts(choose_parts(model, settings.train), settings.lr)
-    optimizer = make_optimizer(model, settings)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     if settings.compile:
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
+    return model
 
-    # where the run stands
-    state = {"step": 0, "epoch": 0, "index": 0, "questions": 0, "skipped_pages": 0, "skipped_questions": 0}
-    if settings.resume and (checkpoint := latest_checkpoint(folder)):
+
+def begin(folder, model, optimizer):
+    """Where the run stands: at its latest checkpoint, with the metrics up to there, or at step 0."""
+    state = {"step": 0, "epoch": 0, "index": 0, "rows": 0, "skipped_pages": 0, "skipped_questions": 0}
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
         print(f"going on after step {state['step']}")
     lines = [line for line in read_metrics(folder) if line["step"] <= state["step"]]
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    skips = Skips(state["skipped_pages"], state["skipped_questions"])
+    return state, any(line["step"] == state["step"] and "val_loss" in line for line in lines)
 
-    # pages
-    counts = collections.Counter()
+
+def main():
+    settings = parse_settings()
+    if settings.export:
+        run_folder, target = settings.export
+        InternVL.from_pretrained(run_folder, "cpu", "float32").save_pretrained(target)
+        return print(f"wrote {target}")
+    folder = open_run(settings)
+    print(json.dumps(vars(settings)))
+
+    # the model, and where the run stands
+    model = load_model(settings)
+    optimizer = make_optimizer(model, settings)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    state, evaluated = begin(folder, model, optimizer)
+    first = step = state["step"]
+    skips, counts = Skips(state["skipped_pages"], state["skipped_questions"]), collections.Counter()
+
+    # pages to train on, and the fixed ones to validate on
     examples = Examples(model, settings.max_tiles, settings.max_length)
     rows = open_rows(settings.data, "train", settings.seed)
-    epoch_rows = count_rows(settings.data, "train") if settings.epochs else 0
+    all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
     stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
                         start=(state["epoch"], state["index"]), counts=counts)
     loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
     if settings.eval_every:
-        pages = list(itertools.islice(gather(open_rows(settings.data, "validation"), settings.look_ahead), settings.eval_pages))
-        validation = load_examples(pages, examples, settings.workers)
-        shown = [example for example in map(examples.__getitem__, pages[:SHOWN_PAGES]) if example.problem is None]
+        held_out = gather(open_rows(settings.data, "validation"), settings.look_ahead)
+        held_out = list(itertools.islice(held_out, settings.eval_pages))
+        validation = load_examples(held_out, examples, settings.workers)
+        shown = [example for example in map(examples.__getitem__, held_out[:SHOWN_PAGES]) if example.problem is None]
 
-    def fraction_done(step, questions):
+    def fraction_done(steps, rows):
         """How much of the run lies behind, 0 to 1, by the limit that is nearer."""
-        by_steps = step / settings.steps if settings.steps else 0
-        return max(by_steps, questions / (settings.epochs * epoch_rows) if settings.epochs else 0)
+        return min(1.0, max(steps / (settings.steps or math.inf), rows / all_rows))
 
     def log(**line):
         with open(folder / METRICS, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def evaluate_and_show(step):
+    def validate():
         loss = evaluate(model, Skips().keep(validation))
         log(step=step, val_loss=loss)
         write_samples(model, shown, step, folder)
         draw_curve(folder)
         bar.write(f"step {step:>6} | val loss {loss:.4f}")
 
-    def save(step):
+    def save():
         state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions)
         save_checkpoint(folder / CHECKPOINTS / f"step-{step:07d}.safetensors", model, optimizer, state)
 
-    bar = tqdm(total=100, unit="%", bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}", file=sys.stderr)
-    step = first = state["step"]
-    if settings.eval_every and not any("val_loss" in line for line in lines):
-        evaluate_and_show(step)
+    bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr)
+    if settings.eval_every and not evaluated:
+        validate()
     steps = training_steps(loader, skips, settings)
     while step != settings.steps:
-        # ---------------------------------------------------------------------------------------------- a training step
+        # ------------------------------------------------------------------------------------------------ a training step
         started = time.perf_counter()
-        pages = next(steps, None)                                       # of all micro-batches: batch_pages x accumulate
-        if pages is None:
+        pages = next(steps, None)
+        if pages is None:                                               # --epochs are over
             break
         data_wait = time.perf_counter() - started
         step += 1
-        tokens = sum(page.answer_tokens for page in pages)
-        questions = sum(page.page.rows for page in pages)
-        lr = learning_rate(fraction_done(step - 0.5, state["questions"] + questions / 2), settings)
-        loss = torch.zeros((), device=model.device)
-        for micro_batch in chunks(pages, settings.batch_pages):
-            micro_loss = model.loss(model.pack([(page.tiles, page.prompt) for page in micro_batch])) / tokens
-            micro_loss.backward()                                       # gradients add up over the micro-batches
-            loss += micro_loss.detach()
+        step_rows = sum(example.page.rows for example in pages)
+        lr = learning_rate(fraction_done(step - 0.5, state["rows"] + step_rows / 2), settings)      # at the step's middle
+        loss = accumulate_gradients(model, pages, settings.batch_pages)
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
         loss, norm = torch.stack([loss, norm]).tolist()                 # the step's only wait for the device
         if not math.isfinite(loss + norm):
-            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update, pages "
-                             f"{', '.join(page.page.name for page in pages)}; lower --lr, or look at these pages")
+            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
+                             f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        # ----------------------------------------------------------------------------------------------------------------
-        seconds = time.perf_counter() - started
-        state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, questions=state["questions"] + questions)
-        line = dict(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=sum(len(p.page.questions) - len(p.too_long) for p in pages),
-                    answer_tokens=tokens, questions_per_second=questions / seconds, data_wait=data_wait, peak_gb=peak_gb(settings.device))
-        log(**line)
-        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {line['questions_per_second']:.1f} questions/s | "
-                            f"{line['peak_gb']:.1f} GB", refresh=False)
-        bar.update(100 * fraction_done(step, state["questions"]) - bar.n)
+        # ------------------------------------------------------------------------------------------------------------------
+        state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows)
+        questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
+        speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
+        log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
+            answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
+            data_wait=data_wait, peak_gb=memory)
+        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
+        bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
         if settings.eval_every and step % settings.eval_every == 0:
-            evaluate_and_show(step)
+            validate()
         if settings.save_every and step % settings.save_every == 0:
-            save(step)
+            save()
 
     if step == first:
-        raise InputError("nothing to train on: the run was complete already, or no page could be used")
+        raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
     if settings.eval_every and step % settings.eval_every:
-        evaluate_and_show(step)
+        validate()
     bar.close()
-    save(step)
+    save()
     model.save_pretrained(folder)
-    print(f"{step} steps, {state['questions']} questions; skipped: {skips.pages} pages, {skips.questions} questions too long, "
+    print(f"{step} steps, {state['rows']} questions; left out: {skips.pages} pages, {skips.questions} questions too long; "
           f"{counts['split pages']} pages split by the look-ahead")
-    print(f"next: python infer.py --model {folder} --image PAGE \"What is the total?\"")
+    print(f'next: python infer.py --model {folder} --image PAGE "What is the total?"')
 
 
 if __name__ == "__main__":

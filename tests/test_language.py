@@ -1,0 +1,86 @@
+"""The decoder is Qwen2; a page's branches are separate samples; a cache changes nothing."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from model.checkpoint import official_name
+from model.config import LanguageConfig
+from model.language import Cache, Decoder, look_back
+
+SMALL = LanguageConfig(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, vocabulary=99, rope_theta=1e6)
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).double()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.5) + (parameter.ndim == 1))
+    return decoder.requires_grad_(False)
+
+
+def read(decoder, ids, positions, branches, cache=None):
+    return decoder.head(decoder(decoder.embedding(ids), positions, [look_back(branches, cache)]))
+
+
+def test_logits_equal_transformers_qwen2(decoder):
+    config = Qwen2Config(vocab_size=99, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+                         num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=False, use_sliding_window=False,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    reference = Qwen2ForCausalLM(config)
+    reference.load_state_dict({official_name(f"language.{name}").removeprefix("language_model."): tensor
+                               for name, tensor in decoder.state_dict().items()}, strict=True)
+    ids = torch.randint(99, (70,))
+    with torch.no_grad():
+        expected = reference.double()(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(read(decoder, ids, torch.arange(70), torch.zeros(70, dtype=torch.long)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_branches_equal_separate_sequences(decoder):
+    prefix, branches = torch.randint(99, (11,)), [torch.randint(99, (n,)) for n in (4, 1, 7)]
+    row = torch.cat([prefix, *branches])
+    positions = torch.cat([torch.arange(11), *(11 + torch.arange(len(b)) for b in branches)])
+    numbers = torch.cat([torch.zeros(11, dtype=torch.long), *(torch.full((len(b),), i) for i, b in enumerate(branches, 1))])
+    together = read(decoder, row, positions, numbers)[11:].split([4, 1, 7])
+    for branch, logits in zip(branches, together):
+        alone = torch.cat([prefix, branch])
+        expected = read(decoder, alone, torch.arange(len(alone)), torch.zeros(len(alone), dtype=torch.long))[11:]
+        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_pages_in_a_row_do_not_see_each_other(decoder):
+    ids, zeros = torch.randint(99, (20,)), torch.zeros(20, dtype=torch.long)
+    positions = torch.cat([torch.arange(12), torch.arange(8)])
+    row = decoder(decoder.embedding(ids), positions, [look_back(zeros[:12]), look_back(zeros[:8])])
+    second = decoder(decoder.embedding(ids[12:]), torch.arange(8), [look_back(zeros[:8])])
+    torch.testing.assert_close(row[12:], second, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 20, (15, 1, 1, 1, 1, 1), (7, 9, 4), (20,)])
+def test_cached_reading_equals_reading_at_once(decoder, cuts):
+    ids, zeros = torch.randint(99, (20,)), torch.zeros(20, dtype=torch.long)
+    whole = read(decoder, ids, torch.arange(20), zeros)
+    cache, start, parts = Cache(SMALL, 20, "cpu", torch.float64), 0, []
+    for n in cuts:
+        parts.append(read(decoder, ids[start:start + n], torch.arange(start, start + n), zeros[:n], cache))
+        start += n
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_the_mask_is_the_one_drawn_in_the_docstring():
+    page = look_back(torch.tensor([0, 0, 1, 1, 2]))
+    assert page.causal == 2
+    assert page.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert look_back(torch.zeros(5, dtype=torch.long)).causal == 5
+
+
+def test_a_row_costs_no_square_mask():
+    page = look_back(torch.tensor([0] * 3000 + [1] * 20 + [2] * 20))
+    assert page.mask.shape == (40, 3040)
+
+
+def test_parameters_are_629663872():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Decoder(LanguageConfig()).parameters()) == 629_663_872

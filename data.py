@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import queue
 import random
+import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +40,9 @@ def open_rows(data, split, seed=0):
         import datasets
     except ImportError as error:
         raise InputError("reading rows needs the package datasets: pip install datasets") from error
-    name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
+    name, config = hub_name(data)
     try:
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
     except (ConnectionError, TimeoutError) as error:
@@ -56,13 +57,23 @@ def open_rows(data, split, seed=0):
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
+def hub_name(data):
+    """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
+    if Path(data).exists():
+        return data, None
+    name, _, config = data.partition(":")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"{data}: not found; expected a local folder in Hub layout, a Hub id like owner/name, or synthetic")
+    return name, config or None
+
+
 def count_rows(data, split):
     """The number of rows of a split, from the footers of its parquet files, without reading the rows."""
     import datasets
     import fsspec
     from pyarrow import ArrowException, parquet
-    name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
-    files = datasets.load_dataset_builder(name, config or None).config.data_files[split]
+    name, config = hub_name(data)
+    files = datasets.load_dataset_builder(name, config).config.data_files[split]
     try:
         return sum(parquet.read_metadata(fsspec.open(str(file)).open()).num_rows for file in files)
     except ArrowException as error:

@@ -77,7 +77,7 @@ def parse_settings():
 
     settings = parser.parse_args()
     if settings.resume:
-        parser.set_defaults(**read_settings(settings.resume), out=settings.resume)
+        parser.set_defaults(**read_settings(settings.resume) | {"out": settings.resume})
     elif settings.tiny:
         parser.set_defaults(**TINY)
     settings = parser.parse_args()
@@ -178,17 +178,17 @@ class Skips:
         read, skipped, last = 0, 0, ""
         for example in examples:
             read += 1
-            if example.too_long:
-                self.questions += len(example.too_long)
-                warn(f"page {example.page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
-                     f"left out, the first: {example.too_long[0]!r}")
-            if example.problem is None:
-                yield example
-            else:
+            self.questions += len(example.too_long)
+            if example.problem:
                 self.pages, skipped, last = self.pages + 1, skipped + 1, f"page {example.page.name}: {example.problem}"
                 warn(f"{last}; skipped")
-                if read >= 100:
+                if read >= 100 or skipped == read == 5:
                     self.judge(read, skipped, last)
+                continue
+            if example.too_long:
+                warn(f"page {example.page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
+                     f"skipped, the first: {example.too_long[0]!r}")
+            yield example
         if skipped:
             self.judge(read, skipped, last)
 
@@ -362,49 +362,48 @@ def main():
         state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions)
         save_checkpoint(folder / CHECKPOINTS / f"step-{step:07d}.safetensors", model, optimizer, state)
 
-    bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr)
-    if settings.eval_every and not evaluated:
-        validate()
-    steps = training_steps(loader, skips, settings)
-    while step != settings.steps:
-        # ------------------------------------------------------------------------------------------------ a training step
-        started = time.perf_counter()
-        pages = next(steps, None)
-        if pages is None:                                               # --epochs are over
-            break
-        data_wait = time.perf_counter() - started
-        step += 1
-        step_rows = sum(example.page.rows for example in pages)
-        lr = learning_rate(fraction_done(step - 0.5, state["rows"] + step_rows / 2), settings)      # at the step's middle
-        loss = accumulate_gradients(model, pages, settings.batch_pages)
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
-        loss, norm = torch.stack([loss, norm]).tolist()                 # the step's only wait for the device
-        if not math.isfinite(loss + norm):
-            raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
-                             f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        # ------------------------------------------------------------------------------------------------------------------
-        state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows)
-        questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
-        speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
-        log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
-            answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
-            data_wait=data_wait, peak_gb=memory)
-        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
-        bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
-        if settings.eval_every and step % settings.eval_every == 0:
+    with tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar:
+        if settings.eval_every and not evaluated:
             validate()
-        if settings.save_every and step % settings.save_every == 0:
-            save()
+        steps = training_steps(loader, skips, settings)
+        while step != settings.steps:
+            # ------------------------------------------------------------------------------------------------ a training step
+            started = time.perf_counter()
+            pages = next(steps, None)
+            if pages is None:                                               # --epochs are over
+                break
+            data_wait = time.perf_counter() - started
+            step += 1
+            step_rows = sum(example.page.rows for example in pages)
+            lr = learning_rate(fraction_done(step - 0.5, state["rows"] + step_rows / 2), settings)      # at the step's middle
+            loss = accumulate_gradients(model, pages, settings.batch_pages)
+            norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+            loss, norm = torch.stack([loss, norm]).tolist()                 # the step's only wait for the device
+            if not math.isfinite(loss + norm):
+                raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
+                                 f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            # ------------------------------------------------------------------------------------------------------------------
+            state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows)
+            questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
+            speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
+            log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
+                answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
+                data_wait=data_wait, peak_gb=memory)
+            bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
+            bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
+            if settings.eval_every and step % settings.eval_every == 0:
+                validate()
+            if settings.save_every and step % settings.save_every == 0:
+                save()
 
-    if step == first:
-        raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
-    if settings.eval_every and step % settings.eval_every:
-        validate()
-    bar.close()
+        if step == first:
+            raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
+        if settings.eval_every and step % settings.eval_every:
+            validate()
     save()
     model.save_pretrained(folder)
     print(f"{step} steps, {state['rows']} questions; left out: {skips.pages} pages, {skips.questions} questions too long; "

@@ -61,7 +61,7 @@ def reference_model(model):
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False)
     with torch.device("meta"):
         reference = InternVLForConditionalGeneration(config)
-    tensors = {official_name(name): tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tensors = {official_name(name): tensor.detach() for name, tensor in model.state_dict().items()}      # shared, not copied
     reference.load_state_dict(native_tensors(tensors), strict=True, assign=True)
     reference.model.language_model.rotary_emb = Qwen2RotaryEmbedding(config.text_config)     # its buffers are not stored
     return reference.eval()

@@ -1,0 +1,33 @@
+"""Runs train.py and infer.py inside the test process: importing torch anew for every command would take most of the time."""
+import io
+import sys
+
+import infer
+import train
+from model.errors import run
+
+
+def call(program, capsys, monkeypatch, *flags, stdin=""):
+    """-> (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    capsys.readouterr()
+    try:
+        run(program.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refuses(program, capsys, monkeypatch, *flags, stdin=""):
+    """The one line with which a command refuses its flags; asserts exit status 2 and that nothing else is said."""
+    status, out, err = call(program, capsys, monkeypatch, *flags, stdin=stdin)
+    assert status == 2, (status, err)
+    lines = [line for line in err.splitlines() if line.strip() and not line.endswith("; skipped") and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{program.__name__}.py: "), err
+    return lines[0]
+
+
+__all__ = ["call", "infer", "refuses", "train"]

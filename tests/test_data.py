@@ -1,0 +1,191 @@
+"""Every question reaches its page, in a known order, whatever the number of workers; bad pages are named, not hidden."""
+import collections
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from data import INSTRUCTION, Examples, Page, PageStream, count_rows, gather, load_examples, open_rows, shuffled
+from hub import serve
+from model import InputError
+from model.tiling import read_image, tile_page
+from small_data import mixed_rows, page_rows, write_dataset, write_split
+
+
+def row(page, question, image=b"x"):
+    return {"docId": page, "ucsf_document_page_no": "1", "question": str(question), "answers": ["a"], "image": {"bytes": image}}
+
+
+def names(pages):
+    return [(page.name, [question.removesuffix(INSTRUCTION) for question in page.questions]) for page in pages]
+
+
+def test_questions_of_a_page_are_gathered_in_order_of_first_appearance():
+    rows = [row("b", 1), row("a", 1), row("b", 2), row("c", 1), row("a", 2), row("b", 3)]
+    assert names(gather(rows)) == [("b/1", ["1", "2", "3"]), ("a/1", ["1", "2"]), ("c/1", ["1"])]
+
+
+def test_every_row_is_in_one_page_whatever_the_look_ahead():
+    draw = random.Random(0)
+    for look_ahead in (1, 2, 5, 40, 1000):
+        rows = [row(draw.randrange(60), i) for i in range(400)]
+        pages = list(gather(rows, look_ahead))
+        questions = [int(q.removesuffix(INSTRUCTION)) for page in pages for q in page.questions]
+        assert sorted(questions) == list(range(400))
+        firsts = [int(page.questions[0].removesuffix(INSTRUCTION)) for page in pages]
+        assert firsts == sorted(firsts)                                         # pages in the order of their first row
+        for page in pages:
+            at = [int(q.removesuffix(INSTRUCTION)) for q in page.questions]
+            assert at == sorted(at) and at[-1] - at[0] < look_ahead
+
+
+def test_a_page_spread_wider_than_the_window_becomes_two_and_is_counted():
+    rows = [row("wide", 0), *(row(f"p{i}", i) for i in range(1, 10)), row("wide", 10)]
+    counts = collections.Counter()
+    pages = list(gather(rows, 10, counts))
+    assert counts["split pages"] == 1 and [page.name for page in pages].count("wide/1") == 2 and len(pages) == 11
+    counts.clear()
+    assert len(list(gather(rows, 11, counts))) == 10 and not counts
+
+
+def test_rows_held_are_bounded_by_the_look_ahead():
+    read = itertools.count()
+    rows = (row(next(read), 0) for _ in itertools.count())                      # endless, every row a page of its own
+    pages = gather(rows, look_ahead=100)
+    next(pages)
+    for _ in range(500):
+        before = next(read)
+        next(pages)
+        assert next(read) - before <= 3                                         # one row in, one page out
+    held = pages.gi_frame.f_locals["waiting"]
+    assert len(held) <= 100
+
+
+def test_image_bytes_of_further_rows_are_dropped_at_once():
+    first, second = bytes([1] * 1000), bytes([1] * 1000)
+    [page] = gather([row("a", 1, first), row("a", 2, second)])
+    assert page.image is first
+
+
+def test_pages_are_told_apart_by_their_image_where_there_are_no_numbers():
+    rows = [{"question": f"q{i}", "answers": "one", "image": {"bytes": image, "path": None}} for i, image in enumerate([b"A", b"B", b"A"])]
+    assert [len(page.questions) for page in gather(rows)] == [2, 1]
+
+
+def test_the_first_answer_is_learned_as_written():
+    rows = [row("a", "what is the pH of BHT") | {"answers": ["pH 7 of bht", "PH 7"]}, row("a", "none") | {"answers": []},
+            row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}]
+    [page] = gather(rows)
+    assert page.questions == ["what is the pH of BHT Answer the question using a single word or phrase."]
+    assert page.answers == ["pH 7 of bht"] and page.unanswered == 3 and page.rows == 4
+
+
+def test_shuffling_loses_nothing_and_depends_on_the_seed_alone():
+    for buffer in (1, 10, 1000):
+        orders = [list(shuffled(iter(range(200)), seed, buffer)) for seed in ("0 0", "0 0", "0 1")]
+        assert orders[0] == orders[1] != orders[2]
+        assert all(sorted(order) == list(range(200)) != order for order in orders)
+
+
+def test_going_on_in_the_middle_gives_the_pages_that_were_left():
+    rows = mixed_rows(9)
+    def order(**where):
+        return [(p.epoch, p.index, p.name) for p in PageStream(rows, epochs=3, seed=5, **where)]
+    whole = order()
+    assert len(whole) == 27 and [p[2] for p in whole[:9]] != [p[2] for p in whole[9:18]]
+    for start in ((0, 4), (1, 0), (1, 8), (2, 9), (3, 0)):
+        assert order(start=start) == [page for page in whole if page[:2] >= start]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
+    stream = PageStream(mixed_rows(12), epochs=2, seed=1)
+    examples = list(load_examples(stream, Examples(tiny, 4), workers))
+    assert [e.page.name for e in examples] == [p.name for p in PageStream(mixed_rows(12), epochs=2, seed=1)]
+    for example in examples:
+        assert example.tiles.dtype == torch.uint8
+        expected = tile_page(read_image(example.page.image), 4, 128)
+        assert torch.equal(example.tiles, torch.from_numpy(expected))
+
+
+COLUMNS = {                             # what each Hub copy of DocumentVQA calls its columns
+    "zhangfaen/DocumentVQA": ("questionId", "question", "image", "docId", "ucsf_document_id", "ucsf_document_page_no", "answers"),
+    "HuggingFaceM4/DocumentVQA": ("questionId", "question", "question_types", "image", "docId", "ucsf_document_id",
+                                  "ucsf_document_page_no", "answers"),
+    "lmms-lab/DocVQA": ("questionId", "question", "question_types", "image", "docId", "ucsf_document_id",
+                        "ucsf_document_page_no", "answers", "data_split"),
+    "images only": ("question", "image", "answers"),
+}
+
+
+@pytest.mark.parametrize("source", COLUMNS)
+def test_every_copy_of_documentvqa_is_read(tmp_path, source):
+    rows = [{name: r.get(name, "other") for name in COLUMNS[source]} for r in mixed_rows(5)]
+    write_split(tmp_path, "train", rows, shards=3)                              # pages cross shards
+    pages = list(gather(open_rows(str(tmp_path), "train")))
+    expected = list(gather(rows))
+    assert [(p.questions, p.answers, p.image) for p in pages] == [(p.questions, p.answers, p.image) for p in expected]
+    assert len(pages) == 5 and count_rows(str(tmp_path), "train") == len(rows)
+
+
+def test_every_question_of_every_receipt_is_found(receipts):
+    for split, count in (("train", 96), ("validation", 24)):
+        pages = list(gather(open_rows(str(receipts), split)))
+        assert len(pages) == count and {len(page.questions) for page in pages} == {4}
+        firsts = []
+        for r in open_rows(str(receipts), split):
+            name = f"{r['docId']}/{r['ucsf_document_page_no']}"
+            if name not in firsts:
+                firsts.append(name)
+        assert [page.name for page in pages] == firsts
+
+
+def test_rows_stream_from_the_hub(tmp_path):
+    write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
+    code = ("from data import *; d = 'zhangfaen/DocumentVQA'\n"
+            "print(len(list(gather(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
+            "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
+            "    try: open_rows(name, split)\n"
+            "    except InputError as error: print(error)")
+    with serve(tmp_path) as address:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")})
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"6 {len(mixed_rows(6))}", done.stderr
+    assert "cannot read the split 'dev'" in lines[1] and "neither a local folder nor a data set on the Hub" in lines[2]
+
+
+def test_data_that_cannot_be_used_is_refused(tmp_path):
+    with pytest.raises(InputError, match="neither a local folder nor|cannot be reached|cannot read"):
+        open_rows(str(tmp_path), "train")                                       # an empty folder
+    write_split(tmp_path, "train", [{"question": "a", "image": r["image"], "answers": r["answers"], "x": "1"} for r in page_rows(1)], 1)
+    with pytest.raises(InputError, match="cannot read the split 'validation'.*--eval-every 0"):
+        open_rows(str(tmp_path), "validation")
+    write_split(tmp_path / "b", "train", [{"text": "a", "image": r["image"], "answers": r["answers"]} for r in page_rows(1)], 1)
+    with pytest.raises(InputError, match=r"no column question \(found: text, image, answers\)"):
+        open_rows(str(tmp_path / "b"), "train")
+    with pytest.raises(InputError, match="holds no rows"):
+        list(PageStream([]))
+
+
+def test_bad_pages_are_named(tiny):
+    [good] = gather(page_rows(1))
+    prepare = Examples(tiny, 4, max_length=400)
+    assert prepare[good].problem is None
+    cut = Page("9/1", good.image[:100], good.questions, good.answers, rows=3)
+    assert "9/1: not a readable image" in prepare[cut].problem
+    assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.image, rows=3)].problem
+    assert "leave no room in --max-length 60" in Examples(tiny, 4, max_length=60)[good].problem
+
+
+def test_an_error_while_reading_rows_reaches_the_reader():
+    def rows():
+        yield row("a", 1)
+        raise OSError("the line broke")
+    with pytest.raises(OSError, match="the line broke"):
+        list(PageStream(rows(), shuffle=False))

@@ -1,0 +1,115 @@
+"""Greedy answers are the reference's, token by token; questions answered together are answered as if alone."""
+import pytest
+import torch
+
+from conftest import SHARED, real
+from model.generate import choose, generate
+from model.prompt import conversation_prompt, page_prompt
+from model.tiling import read_image, tile_page
+from reference import reference_model, reference_pixels
+
+
+def answers(model, pages, count, **sampling):
+    """The tokens of each open question."""
+    return [[t for t in column if t is not None] for column in zip(*generate(model, pages, count, **sampling))]
+
+
+def tiles_of(*numbers):
+    generator = torch.Generator().manual_seed(sum(numbers))
+    return [torch.randint(256, (n, 3, 128, 128), dtype=torch.uint8, generator=generator) for n in numbers]
+
+
+def pages_of(model, questions, *numbers):
+    """(tiles, prompt) of one page, every question a branch; and of the same questions asked alone."""
+    tiles = torch.cat(tiles_of(*numbers))
+    together = tiles, page_prompt(model.tokenizer, 64, numbers, questions)[0]
+    alone = [(tiles, page_prompt(model.tokenizer, 64, numbers, [question])[0]) for question in questions]
+    return together, alone
+
+
+def reference_answer(reference, model, tiles, prompt, count):
+    images = {"pixel_values": reference_pixels(tiles)} if len(tiles) else {}
+    ids = torch.tensor([prompt.ids])
+    out = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                             eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0, **images)
+    return out[0, len(prompt.ids):].tolist()
+
+
+@pytest.fixture(scope="module")
+def wide_reference(wide):
+    return reference_model(wide)
+
+
+@pytest.mark.parametrize("case", ["one image", "12 tiles", "two images", "Chinese", "no image"])
+def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference, case):
+    if SHARED.exists():
+        from data import gather, open_rows
+        images = [read_image(page.image) for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(2))]
+    else:
+        from PIL import Image
+        images = [Image.effect_noise(size, 90) for size in ((619, 1475), (900, 1200))]
+    question = "这张收据的总金额是多少？" if case == "Chinese" else "What is the total amount?"
+    images = {"no image": [], "two images": images}.get(case, images[:1])
+    tiles = [tile_page(image, 12 if case == "12 tiles" else 1) for image in images]
+    if case == "12 tiles":
+        tiles = [tile_page(images[0].resize((1200, 900)), 12)]
+        assert len(tiles[0]) == 13
+    prompt = conversation_prompt(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
+    stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
+    assert answers(wide, [(stacked, prompt)], 16) == [reference_answer(wide_reference, wide, stacked, prompt, 16)]
+
+
+def test_branches_answered_together_equal_each_alone(tiny):
+    together, alone = pages_of(tiny, ["A?", "Which of them is it?", "<img>?"], 2)
+    assert answers(tiny, [together], 12) == [answers(tiny, [page], 12)[0] for page in alone]
+
+
+def test_a_batch_of_pages_equals_each_alone(tiny):
+    pages = [pages_of(tiny, ["A?", "And B?"], 1)[0], pages_of(tiny, ["What?"], 3)[0]]
+    pages.append(([], conversation_prompt(tiny.tokenizer, 64, [], [("No image?", None)])))
+    assert answers(tiny, pages, 12) == [answer for page in pages for answer in answers(tiny, [page], 12)]
+
+
+def test_cached_decoding_equals_reading_everything_again(tiny):
+    tiles, prompt = tiles_of(2)[0], conversation_prompt(tiny.tokenizer, 64, [2], [("What?", None)])
+    [tokens] = answers(tiny, [(tiles, prompt)], 10)
+    again = []
+    with torch.no_grad():
+        for _ in tokens:
+            logits = tiny.language.head(tiny.read(tiny.pack([(tiles, prompt)]))[-1])
+            again.append(logits.argmax().item())
+            for column, value in zip((prompt.ids, prompt.labels, prompt.positions, prompt.branches),
+                                     (again[-1], -100, len(prompt.ids), 0)):
+                column.append(value)
+    assert tokens == again
+
+
+def test_generation_ends_with_the_end_of_turn(tiny, monkeypatch):
+    end = tiny.tokenizer.eos_token_id
+    with torch.no_grad():
+        tiny.language.norm.weight.zero_()                       # all logits equal: argmax is token 0
+        tiny.language.head.weight.zero_()
+    together, _ = pages_of(tiny, ["A?", "B?"], 1)
+    assert answers(tiny, [together], 5) == [[0] * 5] * 2
+    steps = iter([[end, 0], [end]])
+    monkeypatch.setattr("model.generate.choose", lambda *_: torch.tensor(next(steps)))
+    assert list(generate(tiny, [together], 5)) == [[end, 0], [None, end]]
+
+
+def test_sampling_draws_from_the_likeliest_tokens_of_probability_top_p():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1).expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    everything = choose(logits, 1.0, 1.0, generator).bincount(minlength=4) / 4000
+    torch.testing.assert_close(everything, logits[0].exp(), atol=0.03, rtol=0)
+    two = choose(logits, 1.0, 0.8, generator).bincount(minlength=4)         # 0.64 + 0.24 reach 0.8
+    assert two[2:].sum() == 0 and two[1] > 0
+    assert choose(logits, 1.0, 0.01, generator).unique().tolist() == [0]
+    hot = choose(logits, 100.0, 1.0, generator).bincount(minlength=4) / 4000
+    assert (hot - 0.25).abs().max() < 0.03
+
+
+def test_a_seed_gives_the_same_draw_again(tiny):
+    together, _ = pages_of(tiny, ["A?", "B?"], 1)
+    first = answers(tiny, [together], 8, temperature=1.0, seed=3)
+    assert first == answers(tiny, [together], 8, temperature=1.0, seed=3)
+    assert first != answers(tiny, [together], 8, temperature=1.0, seed=4)

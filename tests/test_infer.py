@@ -1,0 +1,153 @@
+"""The answer, alone, on standard output; the same answer one by one and many at once; one line for every mistake."""
+import http.server
+import json
+import random
+import threading
+
+import pytest
+from PIL import ImageFont
+
+from commands import call, infer, refuses
+from model.generate import generate
+from model.prompt import conversation_prompt
+from model.tiling import tile_page
+from model.tiny.pages import draw_page
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A drawn page of 2 x 2 tiles in a file."""
+    for seed in range(99):
+        image, _ = draw_page(random.Random(seed), ImageFont.load_default(size=15))
+        if image.size == (256, 256):
+            image.save(tmp_path / "page.png")
+            return tmp_path / "page.png"
+
+
+@pytest.fixture
+def ask(folder, capsys, monkeypatch):
+    def run(*flags, stdin=""):
+        status, out, err = call(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", "--max-new-tokens", 6, *flags, stdin=stdin)
+        assert status == 0, err
+        return out
+    return run
+
+
+def test_json_says_what_was_read_and_answered(ask, page, tiny):
+    result = json.loads(ask("--image", page, "--json", "What is the total?"))
+    assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
+    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the total?", None)])
+    tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
+    assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
+    assert result["answer"] == tiny.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert result["question"] == "What is the total?" and result["prefill_seconds"] > 0
+
+
+def test_standard_output_is_the_answer_alone(ask, page):
+    answer = json.loads(ask("--image", page, "--json", "What is the date?"))["answer"]
+    assert ask("--image", page, "What is the date?") == answer + "\n"
+
+
+def test_images_and_tiles_are_counted(ask, page):
+    result = json.loads(ask("--image", page, "--image", page, "--max-tiles", 1, "--json", "<image> or <image>?"))
+    assert result["tiles"] == [1, 1]
+    assert json.loads(ask("--json", "No image?"))["tiles"] == []
+
+
+def test_a_seed_draws_the_same_answer_again(ask, page):
+    def drawn(seed):
+        return json.loads(ask("--image", page, "--temperature", 1.5, "--seed", seed, "--json", "What?"))["tokens"]
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
+    first, second = ask("--image", page, stdin="What is the date?\n\nAnd the total?\n").splitlines()
+    assert first == ask("--image", page, "What is the date?").strip("\n")
+    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the date?", first), ("And the total?", None)])
+    tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
+    assert second == infer.decode(tiny, tokens)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_file_of_questions_gets_the_same_answers_in_any_batch(ask, page, tmp_path, batch):
+    asked = [("What is the date?", ["page.png"]), ("No image?", []), ("Which of them?", ["page.png", str(page)]), ("你好？", "page.png")]
+    lines = [json.dumps({"question": question, "images": images}) for question, images in asked]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n\n")
+    results = [json.loads(line) for line in ask("--questions", tmp_path / "questions.jsonl", "--batch", batch).splitlines()]
+    assert [result["question"] for result in results] == [question for question, _ in asked]
+    for result, (question, images) in zip(results, asked):
+        flags = [flag for _ in ([images] if isinstance(images, str) else images) for flag in ("--image", page)]
+        assert result["tokens"] == json.loads(ask(*flags, "--json", question))["tokens"]
+
+
+def test_text_is_shown_when_its_characters_are_whole(tiny, folder, page, monkeypatch, capsys):
+    tokens = tiny.tokenizer("你 é😀").input_ids                        # one token a byte
+    monkeypatch.setattr(infer, "generate", lambda *_: ([token] for token in tokens))
+    shown = []
+    monkeypatch.setattr("sys.argv", ["infer.py", "x"])
+    result = infer.ask(tiny, infer.parse_arguments(), [("?", None)], [], show=shown.append)
+    assert "".join(shown) == result["answer"] == "你 é😀" and "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
+    assert [text for text in shown if text] == ["你", " é", "😀"]
+
+
+@pytest.fixture
+def web(page):
+    """An address that serves the page at /page.png and an endless stream elsewhere."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.send_response(404 if "missing" in self.path else 200)
+            self.end_headers()
+            try:
+                self.wfile.write(page.read_bytes() if "page" in self.path else b"text")
+                while "endless" in self.path:
+                    self.wfile.write(b"x" * 1_000_000)
+            except ConnectionError:
+                pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_an_image_comes_from_an_address(ask, page, web):
+    def tokens(image):
+        return json.loads(ask("--image", image, "--json", "What?"))["tokens"]
+    assert tokens(f"{web}/page.png") == tokens(page)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--image", "nowhere.png", "What?"), "nowhere.png: not a readable image"),
+    (("--image", "README.md", "What?"), "README.md: not a readable image"),
+    (("--image", "WEB/missing.png", "What?"), "cannot be fetched (HTTP Error 404"),
+    (("--image", "WEB/endless", "What?"), "more than 50,000,000 bytes"),
+    (("--image", "WEB/text", "What?"), "not a readable image"),
+    (("--image", "http://127.0.0.1:9/x.png", "What?"), "cannot be fetched"),
+    (("--model", "nowhere", "What?"), "nowhere: not found; expected a model folder"),
+    (("--max-tiles", "0", "What?"), "--max-tiles 0 is less than 1"),
+    (("--top-p", "0", "What?"), "--top-p 0.0"),
+    (("--temperature", "hot", "What?"), "invalid float value: 'hot'"),
+    (("--max-new-tokens", "5000", "What?"), "exceed the model's 2048"),
+    (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+    (("--device", "nonsense", "What?"), "try --device cpu"),
+    (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
+])
+def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, message):
+    flags = [flag.replace("WEB", web).replace("PAGE", str(page)) for flag in flags]
+    assert message in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+
+
+def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
+    for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}'):
+        (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
+        assert "q.jsonl:2: not a question" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")

@@ -1,0 +1,287 @@
+"""The loop does what its log says: what moves, what is counted, what is written, where it goes on."""
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from commands import call, refuses, train
+from conftest import ROOT
+from data import gather
+from hub import serve
+from model import InternVL
+from model.checkpoint import TINY, official_name
+from small_data import mixed_rows, write_dataset, write_split
+
+METRICS = {"step", "train_loss", "lr", "grad_norm", "questions", "answer_tokens", "questions_per_second", "data_wait", "peak_gb"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"), train_pages=12, validation_pages=4)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def fit(folder, dataset, tmp_path, capsys, monkeypatch):
+    """Runs train.py on small local files; returns the run folder."""
+    def run(name, *flags, data=dataset):
+        status, out, err = call(train, capsys, monkeypatch, "--model", folder, "--data", data, "--device", "cpu", "--workers", 0,
+                                "--max-tiles", 4, "--eval-pages", 4, "--out", tmp_path / name, *flags)
+        assert status == 0, err
+        return tmp_path / name
+    return run
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def training(run):
+    return [line for line in metrics(run) if "train_loss" in line]
+
+
+def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--steps", 30, "--eval-every", 15, "--out", run)
+    assert status == 0, err
+    losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
+    assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
+    assert all(set(line) == METRICS for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 31))
+    assert {file.name for file in run.iterdir()} == {
+        "settings.json", "metrics.jsonl", "curve.png", "samples.md", "checkpoints",
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    samples = (run / "samples.md").read_text()
+    assert samples.count("## Step") == 3 and "| page | question | answer | expected |" in samples
+    assert f"python infer.py --model {run}" in out and "trains" in out
+    assert len(InternVL.from_pretrained(run, "cpu").state_dict()) == 77
+
+
+def test_settings_are_saved_under_the_flags_names(fit):
+    run = fit("run", "--steps", 1, "--lr", "1e-3", "--no-shuffle")
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["steps"] == 1 and settings["lr"] == 1e-3 and settings["shuffle"] is False and settings["max_tiles"] == 4
+    assert settings["dtype"] == "float32" and settings["batch_pages"] == 1
+
+
+def test_only_the_projector_moves_and_everything_else_is_saved_bit_for_bit(fit, folder):
+    run = fit("run", "--steps", 2, "--lr", "1e-2")
+    before, after = load_file(folder / "model.safetensors"), load_file(run / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if name.startswith("mlp1.")}
+
+
+def test_the_logged_loss_and_gradient_do_not_depend_on_the_micro_batch(fit):
+    runs = [fit(f"{b}x{a}", "--batch-pages", b, "--accumulate", a, "--steps", 2, "--eval-every", 0, "--lr", "1e-2")
+            for b, a in ((1, 12), (4, 3), (12, 1))]
+    first = training(runs[0])
+    for run in runs[1:]:
+        for a, b in zip(training(run), first):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-6)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+            assert (a["answer_tokens"], a["questions"], a["lr"]) == (b["answer_tokens"], b["questions"], b["lr"])
+
+
+def test_left_over_pages_are_a_step_of_their_own(fit, dataset):
+    run = fit("run", "--accumulate", 5, "--epochs", 2, "--eval-every", 0)
+    pages = list(gather(mixed_rows(12)))
+    assert len(training(run)) == 6                                      # 5 + 5 + 2 pages, twice
+    assert sum(line["questions"] for line in training(run)) == 2 * sum(len(page.questions) for page in pages)
+
+
+def test_steps_and_epochs_end_the_run_at_the_first_one_reached(fit):
+    assert len(training(fit("a", "--accumulate", 12, "--steps", 3, "--epochs", 2, "--eval-every", 0))) == 2
+    assert len(training(fit("b", "--accumulate", 12, "--steps", 1, "--epochs", 2, "--eval-every", 0))) == 1
+    assert len(training(fit("c", "--accumulate", 12, "--eval-every", 0))) == 1          # neither: one epoch
+
+
+def test_validation_is_the_token_weighted_loss_of_the_fixed_pages(fit, folder):
+    from data import Examples
+    run = fit("run", "--steps", 1, "--lr", 0)
+    lines = [line for line in metrics(run) if "val_loss" in line]
+    assert [line["step"] for line in lines] == [0, 1] and lines[0]["val_loss"] == lines[1]["val_loss"]
+    model = InternVL.from_pretrained(folder, "cpu")
+    total = tokens = 0
+    for page in gather(mixed_rows(4, first=1000)):
+        example = Examples(model, 4)[page]
+        total, tokens = total + model.loss(model.pack([(example.tiles, example.prompt)])).item(), tokens + example.answer_tokens
+    assert lines[0]["val_loss"] == pytest.approx(total / tokens, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_schedule_is_the_one_of_transformers_sampled_in_the_middle_of_each_step(schedule):
+    from transformers import get_scheduler
+    steps, warmup = 1000, 30
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    reference = get_scheduler(name, optimizer, num_warmup_steps=2 * warmup, num_training_steps=2 * steps)    # in half steps
+    settings = Namespace(lr=4e-5, schedule=schedule, warmup=warmup / steps)
+    for half in range(2 * steps):
+        if half % 2:
+            assert train.learning_rate(half / 2 / steps, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-16)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_gradient_is_clipped_to_the_norm(fit, folder):
+    kept = load_file(folder / "model.safetensors")
+    assert training(fit("a", "--steps", 1, "--eval-every", 0, "--clip", 0))[0]["grad_norm"] > 0.01
+    a, b = (load_file(fit(f"{c}", "--steps", 1, "--eval-every", 0, "--clip", c, "--lr", 1e-2) / "model.safetensors") for c in (1e-9, 0))
+    moved = [max((x[n] - kept[n]).abs().max().item() for n in kept) for x in (a, b)]
+    assert moved[0] < 0.5 * moved[1]                                    # AdamW's eps shows in an update of tiny gradients
+
+
+@pytest.mark.parametrize("flags", [(), ("--train", "all", "--batch-pages", 2), ("--epochs", 2)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(fit, capsys, monkeypatch, flags):
+    common = (*flags, "--accumulate", 2, "--eval-every", 2, "--save-every", 2, "--lr", "1e-2", "--steps", 8)
+    whole = fit("whole", *common)
+    run = fit("run", *common)
+    (run / "model.safetensors").unlink()                                # as if killed after step 5, checkpoint at step 4
+    for checkpoint in sorted((run / "checkpoints").iterdir())[2:]:
+        checkpoint.unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    status, _, err = call(train, capsys, monkeypatch, "--resume", run)
+    assert status == 0, err
+    a, b = load_file(whole / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    def without_times(lines):
+        return [{k: v for k, v in line.items() if k not in ("questions_per_second", "data_wait", "peak_gb")} for line in lines]
+    assert without_times(metrics(whole)) == without_times(metrics(run))
+
+
+def test_flags_beside_resume_override(fit, capsys, monkeypatch):
+    run = fit("run", "--steps", 2, "--accumulate", 2)
+    status, _, err = call(train, capsys, monkeypatch, "--resume", run, "--steps", 3)
+    assert status == 0 and [line["step"] for line in training(run)] == [1, 2, 3], err
+    assert json.loads((run / "settings.json").read_text())["steps"] == 3
+    assert "nothing to do" in refuses(train, capsys, monkeypatch, "--resume", run)
+
+
+def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, monkeypatch):
+    run = fit("run", "--steps", 2, "--accumulate", 2, "--lr", "1e-2", "--save-every", 1)
+    finished = InternVL.from_pretrained(run, "cpu").state_dict()
+    last = InternVL.from_pretrained(run / "checkpoints" / "step-0000002.safetensors", "cpu").state_dict()
+    first = InternVL.from_pretrained(run / "checkpoints" / "step-0000001.safetensors", "cpu").state_dict()
+    assert all(torch.equal(finished[name], last[name]) for name in finished)
+    assert {name.split(".")[0] for name in finished if not torch.equal(finished[name], first[name])} == {"projector"}
+    (run / "model.safetensors").unlink()                                # an interrupted run: its latest checkpoint counts
+    assert all(torch.equal(finished[name], tensor) for name, tensor in InternVL.from_pretrained(run, "cpu").state_dict().items())
+    status, _, err = call(train, capsys, monkeypatch, "--export", run, tmp_path / "exported")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert status == 0 and all(torch.equal(exported[official_name(name)], finished[name]) for name in finished), err
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(fit):
+    run = fit("run", "--steps", 1, "--accumulate", 2)
+    [path] = (run / "checkpoints").iterdir()
+    names = load_file(path).keys()
+    assert {name.split(".")[0] for name in names} == {"model", "optimizer"} and len(names) == 6 * 4     # weight, two moments, step
+    assert all("mlp1." in name for name in names)
+
+
+def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, capsys, monkeypatch):
+    rows = mixed_rows(12)
+    rows[0]["question"] = "long " * 300                                 # of page 0
+    for row in rows:
+        if row["docId"] == 5:
+            row["image"] = {"bytes": row["image"]["bytes"][:50], "path": None}
+    write_split(tmp_path / "data", "train", rows)
+    write_split(tmp_path / "data", "validation", mixed_rows(2, first=50))
+    status, out, err = call(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
+                            "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: 5/1: not a readable image" in err
+    assert "left out: 1 pages, 1 questions too long" in out
+    assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
+
+
+def test_more_than_one_percent_of_bad_pages_stops_the_run(tmp_path, capsys, monkeypatch):
+    rows = mixed_rows(12)
+    for row in rows:
+        if row["docId"] in (2, 5, 7):
+            row["image"] = {"bytes": b"broken", "path": None}
+    write_split(tmp_path / "data", "train", rows)
+    line = refuses(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
+                   "--device", "cpu", "--epochs", 1, "--eval-every", 0, "--out", tmp_path / "run")
+    assert "3 of 12 pages cannot be used, and 1 % is the limit" in line
+
+
+def test_a_split_without_answers_is_refused(tmp_path, capsys, monkeypatch):
+    rows = [row | {"answers": None} for row in mixed_rows(6)]
+    write_split(tmp_path / "data", "train", rows)
+    line = refuses(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
+                   "--device", "cpu", "--eval-every", 0, "--out", tmp_path / "run")
+    assert "has an answer (DocumentVQA's test split has none: train on another split)" in line
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_path, capsys, monkeypatch):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mlp1.0.bias"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    line = refuses(train, capsys, monkeypatch, "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0,
+                   "--eval-every", 0, "--steps", 2, "--accumulate", 2, "--out", tmp_path / "run")
+    assert "step 1: loss nan" in line and "stopped before the update; pages" in line and "/1" in line
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--nonsense",), "unrecognized arguments: --nonsense"),
+    (("--accumulate", "0"), "0 is less than 1"),
+    (("--warmup", "2"), "2 is not between 0 and 1"),
+    (("--schedule", "wild"), "invalid choice: 'wild'"),
+    (("--train", "head"), "'head' is no part of the model; expected projector, llm, vision, or all"),
+    (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
+    (("--model", "nowhere"), "nowhere: not found; expected a model folder"),
+    (("--device", "nonsense"), "try --device cpu"),
+    (("--max-length", "50"), "leave no room in --max-length 50; raise it or lower --max-tiles"),
+    (("--resume", "nowhere"), "nowhere: not a run folder"),
+])
+def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message):
+    assert message in refuses(train, capsys, monkeypatch, "--tiny", "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run", *flags)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(fit, capsys, monkeypatch, tmp_path):
+    run = fit("run", "--steps", 1, "--accumulate", 1)
+    before = (run / "settings.json").read_bytes()
+    assert "holds a run already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
+    assert (run / "settings.json").read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
+
+
+def command(*flags, cwd=ROOT, **environment):
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
+                          timeout=120, env=os.environ | environment)
+
+
+def test_bare_training_finds_model_and_data_on_the_hub(folder, dataset, tmp_path):
+    (tmp_path / "hub" / "models" / "OpenGVLab").mkdir(parents=True)
+    (tmp_path / "hub" / "datasets" / "zhangfaen").mkdir(parents=True)
+    (tmp_path / "hub" / "models" / "OpenGVLab" / "InternVL2-1B").symlink_to(folder)
+    (tmp_path / "hub" / "datasets" / "zhangfaen" / "DocumentVQA").symlink_to(dataset)
+    with serve(tmp_path / "hub") as address:
+        done = command(cwd=tmp_path, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    assert len(training(run)) == 2 and [line["step"] for line in metrics(run) if "val_loss" in line] == [0, 2]     # 12 pages, 8 a step
+
+
+def test_without_a_network_training_stops_with_one_line(tmp_path):
+    done = command("--out", tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: OpenGVLab/InternVL2-1B: the Hub cannot be reached")
+    done = command("--model", TINY, "--from-scratch", "--out", tmp_path / "other", HF_ENDPOINT="http://127.0.0.1:9",
+                   HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the Hub cannot be reached; connect to the network" in done.stderr.splitlines()[-1]

@@ -22,20 +22,22 @@ from model import InputError
 from model.prompt import Prompt, page_prompt
 from model.tiling import read_image, tile_page
 
+SYNTHETIC = "synthetic"
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
 
-def open_rows(data, split, seed=0):
+def open_rows(data, split, seed=0, domains="plain"):
     """The rows of a split, to be iterated as often as wanted: dicts with DocumentVQA's columns, images not decoded.
 
-    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, or "synthetic".
+    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, or "synthetic" (`synthetic:1` for pages
+    of one tile only), whose pages are drawn from `seed` and look like `domains`.
     Raises InputError where it cannot be reached or has no such split or columns.
     """
-    if data == "synthetic":
+    if data.startswith(SYNTHETIC):
         from model.tiny.pages import SyntheticRows
-        return SyntheticRows(split, seed)
+        return SyntheticRows(split, seed, domains, int(data.partition(":")[2] or 4))
     try:
         import datasets
     except ImportError as error:
@@ -139,7 +141,7 @@ def add_row(page, row):
     answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
     page.rows += 1
     if row["question"] and answers and answers[0]:
-        page.questions.append(row["question"] + INSTRUCTION)
+        page.questions.append(row["question"] + ("" if row.get("as_written") else INSTRUCTION))
         page.answers.append(answers[0])
     else:
         page.unanswered += 1

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import sys
 import time
 from datetime import datetime
@@ -28,9 +27,10 @@ from model.checkpoint import CHECKPOINTS, SETTINGS, latest_checkpoint, load_chec
 from model.errors import OneLineParser, run
 from model.generate import generate
 from model.prompt import page_prompt
+from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "llm", "vision")
-TINY = dict(model="tiny", data="synthetic", train="all", from_scratch=True, accumulate=8, steps=200, lr=3e-3, warmup=0.05,
+TINY = dict(model="tiny", data="synthetic", train=",".join(PARTS), from_scratch=True, accumulate=8, steps=200, lr=3e-3, warmup=0.05,
             eval_every=50, eval_pages=32, device="cpu", workers=0)
 METRICS = "metrics.jsonl"
 SHOWN_PAGES, SHOWN_TOKENS = 2, 32       # validation pages in samples.md, and the longest answer there
@@ -45,7 +45,8 @@ def parse_settings():
     data.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
     data.add_argument("--from-scratch", action="store_true", help="random weights in the shape that --model describes")
     data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, or synthetic (%(default)s)")
-    data.add_argument("--train", default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
+    data.add_argument("--domain", type=domain_names, default="plain", help="what synthetic pages look like, comma-separated (%(default)s)")
+    data.add_argument("--train", type=part_names, default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
     data.add_argument("--max-tiles", type=at_least(1), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
     data.add_argument("--max-length", type=at_least(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
     data.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="pages in seeded order, or in file order")
@@ -86,9 +87,27 @@ def parse_settings():
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
     settings.out = settings.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    if Path(settings.model).exists():
-        settings.model = str(Path(settings.model).resolve())            # the run can be used from any folder
+    for name, word in (("model", "tiny"), ("data", "synthetic")):
+        given = getattr(settings, name)
+        if given != word and Path(given).exists():
+            setattr(settings, name, str(Path(given).resolve()))         # the run can be used from any folder
     return settings
+
+
+def part_names(text):
+    """'all' -> 'projector,llm,vision'."""
+    text = ",".join(PARTS) if text == "all" else text
+    for part in text.split(","):
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"{part!r} is no part of the model; expected {', '.join(PARTS)}, or all")
+    return text
+
+
+def domain_names(text):
+    for domain in text.split(","):
+        if domain not in DOMAINS:
+            raise argparse.ArgumentTypeError(f"{domain!r} is no domain; expected {', '.join(DOMAINS)}")
+    return text
 
 
 def at_least(smallest):
@@ -131,15 +150,11 @@ def open_run(settings):
 # -------------------------------------------------------------------------------------------------------- model, optimizer
 
 def choose_parts(model, train):
-    """Let the named parts train, in float32; the rest stays frozen. Prints the table of parts."""
-    chosen = PARTS if train == "all" else train.split(",")
-    unknown = [part for part in chosen if part not in PARTS]
-    if unknown:
-        raise InputError(f"--train {train}: {unknown[0]!r} is no part of the model; expected {', '.join(PARTS)}, or all")
+    """Let the named parts train, in float32; the rest stays frozen. Returns {part: (module, whether it trains)}."""
     modules = dict(zip(PARTS, (model.projector, model.language, model.vision)))
-    for part in chosen:
+    for part in train.split(","):
         modules[part].float().requires_grad_(True)
-    return {part: (module, part in chosen) for part, module in modules.items()}
+    return {part: (module, part in train.split(",")) for part, module in modules.items()}
 
 
 def print_parts(parts, lr):
@@ -267,7 +282,8 @@ def draw_curve(folder):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), label={"train_loss": "training", "val_loss": "validation"}[key], **style)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
+    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
@@ -280,9 +296,12 @@ def read_metrics(folder):
 
 
 def peak_gb(device):
-    """Most memory held so far, in GB: by the GPU's tensors, or by this process."""
+    """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return 0.0
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
@@ -332,14 +351,16 @@ def main():
 
     # pages to train on, and the fixed ones to validate on
     examples = Examples(model, settings.max_tiles, settings.max_length)
-    rows = open_rows(settings.data, "train", settings.seed)
+    rows = open_rows(settings.data, "train", settings.seed, settings.domain)
     all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
     stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
                         start=(state["epoch"], state["index"]), counts=counts)
     loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
     if settings.eval_every:
-        held_out = gather(open_rows(settings.data, "validation"), settings.look_ahead)
+        held_out = gather(open_rows(settings.data, "validation", domains=settings.domain), settings.look_ahead)
         held_out = list(itertools.islice(held_out, settings.eval_pages))
+        if not held_out:
+            raise InputError(f"{settings.data}: its validation split holds no rows; add some, or give --eval-every 0")
         validation = load_examples(held_out, examples, settings.workers)
         shown = [example for example in map(examples.__getitem__, held_out[:SHOWN_PAGES]) if example.problem is None]
 

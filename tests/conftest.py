@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -69,6 +68,5 @@ def wide(wide_folder):
     return InternVL.from_pretrained(wide_folder, device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create")     # more workers than cores, on purpose

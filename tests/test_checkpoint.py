@@ -139,9 +139,9 @@ def test_a_model_comes_from_the_hub_and_then_from_its_cache(folder, tmp_path):
     with serve(tmp_path / "root") as address:
         online = python(code, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
         wrong = python(code.replace("1B", "9B"), HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
-    assert online.stdout == "77\n", online.stderr
+    assert online.stdout == "65\n", online.stderr
     assert "neither a local folder nor a model on the Hub" in wrong.stderr
     offline = python(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "cache"))
-    assert offline.stdout == "77\n", offline.stderr
+    assert offline.stdout == "65\n", offline.stderr
     nothing = python(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "empty"))
     assert "the Hub cannot be reached and the model is not in the cache" in nothing.stderr

@@ -1,24 +1,35 @@
-"""Documents drawn with Pillow and its built-in font: small invoices, receipts, forms and letters, seeded and endless.
+"""Documents drawn with Pillow and its built-in fonts: small invoices, receipts, forms and letters, seeded and endless.
 
-Every character stands in a cell of 16 x 16 pixels, which is what one image token of the tiny model covers:
+    python -m model.tiny.pages DIR N [--domain negative] [--seed 0]        N pages as PNG, their questions in questions.jsonl
+
+Every character stands in a cell of 16 x 16 pixels, which is what one image token of the tiny model covers. A *domain* is
+what pages look like; the embedded model was made on `plain` ones, the others are there to be learned.
 
     TOTAL                 What is the total?   $41.07
-      $41.07              What is the date?    03/11/98
+    $41.07                What is the date?    03/11/98
     DATE
-      03/11/98
+    03/11/98
 """
+import argparse
+import functools
 import io
 import itertools
+import json
 import random
+import zlib
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = 16                                                       # pixels a character
 SHAPES = ((8, 8), (16, 8), (16, 16))                            # columns x rows of characters: 1, 2 or 4 tiles of 128 pixels
+READ = "Read the page."                                         # asked in training only, of pages of one tile
 
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 SYLLABLES = "ba be bo da de do fa fi go ha ka ke la le lo ma mi mo na ne no pa ra re ri ro sa se so ta te ti va vo".split()
 
+
+# ------------------------------------------------------------------------------------------------------ what a page says
 
 def pattern(text):
     """A value drawn from a pattern: # a digit, @ a capital letter, anything else itself."""
@@ -29,7 +40,7 @@ def name(draw):
     return "".join(draw.choice(SYLLABLES) for _ in range(draw.randint(2, 3))).capitalize()
 
 
-FIELDS = {                                                      # what a document says: label -> how its value is drawn
+FIELDS = {                                                      # label -> how its value is drawn, 8 characters at most
     "total": pattern("$##.##"), "tax": pattern("$#.##"), "paid": pattern("$##.##"), "due": pattern("$###"),
     "date": pattern("##/##/##"), "time": pattern("##:##"), "number": pattern("@@-###"), "phone": pattern("###-####"),
     "order": pattern("#####"), "page": pattern("##"), "room": pattern("@##"), "code": pattern("@@@@@"),
@@ -43,42 +54,107 @@ KINDS = {                                                       # title -> the f
 }
 
 
-def draw_page(draw, font):
-    """One document -> (grey Pillow image, [(question, answer), ...]). `draw`: a random.Random."""
-    columns, rows = draw.choice(SHAPES)
-    image = Image.new("L", (columns * CELL, rows * CELL), 255)
-    canvas = ImageDraw.Draw(image)
+def held_out(value):
+    """Whether a value is kept for validation and tests: one in eight, never seen in training."""
+    return zlib.crc32(value.encode()) % 8 == 0
 
-    def write(text, column, row):
-        for i, character in enumerate(text):
-            canvas.text(((column + i + 0.5) * CELL, (row + 0.5) * CELL), character, fill=0, font=font, anchor="mm")
 
+def write_page(draw, shape, unseen):
+    """Words on a page: ({(column, row): character}, [(question, answer), ...])."""
+    columns, rows = shape
+    cells, questions = {}, []
     title = draw.choice(list(KINDS))
-    slots = list(itertools.product(range(0, columns, 8), range(0 if rows == 8 else 2, rows, 2)))
-    if rows > 8:
-        write(title, 0, 0)
-    fields = draw.sample(KINDS[title], min(len(slots), draw.randint(3, 6)))
-    questions = []
-    for label, (column, row) in zip(fields, sorted(draw.sample(slots, len(fields)))):
+    first_row = 0
+    if rows > 8:                                                # large pages have a title
+        cells |= {(i, 0): character for i, character in enumerate(title)}
+        first_row = 2
+    slots = list(itertools.product(range(0, columns, 8), range(first_row, rows, 2)))
+    labels = draw.sample(KINDS[title], min(len(slots), draw.randint(3, 6)))
+    for label, (column, row) in zip(labels, draw.sample(slots, len(labels))):
         value = FIELDS[label](draw)
-        write(label.upper(), column, row)
-        write(value, column, row + 1)
+        while held_out(value) != unseen:
+            value = FIELDS[label](draw)
+        for i, text in enumerate((label.upper(), value)):
+            cells |= {(column + j, row + i): character for j, character in enumerate(text)}
         questions.append((f"What is the {label}?", value))
-    return image, questions
+    return cells, questions
+
+
+# ------------------------------------------------------------------------------------------------------ what it looks like
+
+@functools.cache
+def glyph(character, domain):
+    """One character in its cell, dark on light."""
+    font = ImageFont.load_default_imagefont() if domain == "bitmap" else ImageFont.load_default(size=15)
+    cell = Image.new("L", (CELL, CELL), 255)
+    if domain == "bitmap":
+        left, top, right, bottom = font.getbbox(character)
+        ImageDraw.Draw(cell).text(((CELL - right + left) // 2, (CELL - bottom + top) // 2), character, fill=0, font=font)
+    else:
+        ImageDraw.Draw(cell).text((CELL / 2, CELL / 2), character, fill=0, font=font, anchor="mm")
+    if domain == "mirrored":
+        cell = ImageOps.mirror(cell)
+    if domain == "slanted":
+        cell = cell.transform(cell.size, Image.Transform.AFFINE, (1, 0.5, -CELL / 4, 0, 1, 0), Image.Resampling.BILINEAR, fillcolor=255)
+    return cell
+
+
+FINISH = {                                                      # domains that change the whole page
+    "negative": ImageOps.invert,
+    "blueprint": lambda page: ImageOps.colorize(page, (214, 228, 255), (24, 58, 140)),
+}
+DOMAINS = ("plain", "negative", "bitmap", "mirrored", "slanted", "blueprint")
+
+
+def draw_page(draw, domain="plain", shape=None, unseen=True):
+    """One document -> (Pillow image, [(question, answer), ...]). `draw`: a random.Random; `unseen`: its values are held out."""
+    shape = shape or draw.choice(SHAPES)
+    cells, questions = write_page(draw, shape, unseen)
+    page = Image.new("L", (shape[0] * CELL, shape[1] * CELL), 255)
+    for (column, row), character in cells.items():
+        page.paste(glyph(character, domain), (column * CELL, row * CELL))
+    if not unseen and shape == SHAPES[0]:
+        questions.append((READ, "".join(cells.get((i % 8, i // 8), " ") for i in range(64))))
+    return FINISH.get(domain, lambda image: image)(page), questions
 
 
 class SyntheticRows:
-    """Rows in DocumentVQA's columns, as many as are asked for. Splits never share a page."""
+    """Rows in DocumentVQA's columns, as many as are asked for. Splits share neither a page nor a value.
 
-    def __init__(self, split, seed=0):
-        self.split, self.seed = split, seed
+    `domains`: names, comma-separated, each page in one of them. `tiles`: most tiles of a page, 1, 2 or 4.
+    """
+
+    def __init__(self, split, seed=0, domains="plain", tiles=4):
+        self.split, self.seed, self.domains = split, seed, domains.split(",")
+        self.shapes = [shape for shape in SHAPES if shape[0] * shape[1] <= 64 * tiles]
 
     def __iter__(self):
-        font = ImageFont.load_default(size=15)
         for index in itertools.count():
-            image, questions = draw_page(random.Random(f"{self.split} {self.seed} {index}"), font)
+            draw = random.Random(f"{self.split} {self.seed} {index}")
+            page, questions = draw_page(draw, draw.choice(self.domains), draw.choice(self.shapes), unseen=self.split != "train")
             file = io.BytesIO()
-            image.save(file, "PNG")
+            page.save(file, "PNG")
             for question, answer in questions:
                 yield {"question": question, "answers": [answer], "image": {"bytes": file.getvalue(), "path": None},
-                       "docId": index, "ucsf_document_page_no": "1"}
+                       "docId": index, "ucsf_document_page_no": "1", "as_written": True}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--domain", choices=DOMAINS, default="plain")
+    parser.add_argument("--seed", type=int, default=0)
+    settings = parser.parse_args()
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with open(settings.folder / "questions.jsonl", "w", encoding="utf-8") as file:
+        for index in range(settings.count):
+            page, questions = draw_page(random.Random(f"written {settings.seed} {index}"), settings.domain)
+            page.save(settings.folder / f"{index}.png")
+            for question, answer in questions:
+                file.write(json.dumps({"question": question, "images": [f"{index}.png"], "answer": answer}) + "\n")
+    print(f"{settings.count} pages in {settings.folder}, their questions and answers in questions.jsonl")
+
+
+if __name__ == "__main__":
+    main()

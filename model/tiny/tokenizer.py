@@ -3,14 +3,13 @@
     python -m model.tiny.tokenizer
 
 Answers are read and written character by character, as they stand on the page; only what every prompt repeats (the
-system sentence, the instruction, the words of the questions) is one token each, so that prompts are short.
+system sentence, the words of the questions) is one token each, so that prompts are short.
 """
 import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from data import INSTRUCTION
 from model.prompt import END, IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, START, SYSTEM
 from model.tiny.pages import FIELDS
 
@@ -24,8 +23,8 @@ def build():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (SYSTEM, INSTRUCTION)])
-    words = ("system", "user", "assistant", "What", "is", "the", *FIELDS)
+    tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
+    words = ("system", "user", "assistant", "What", "is", "the", "Read", *FIELDS)
     tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True) for word in words])
     return tokenizer
 

@@ -1,0 +1,45 @@
+"""The README tells no command, file or test that does not exist."""
+import re
+import shlex
+
+import pytest
+
+from commands import infer, train
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer)\.py[^`\n|&]*", README)})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, monkeypatch, tmp_path):
+    _, program, *flags = shlex.split(command)
+    if "--help" in flags:
+        return
+    (tmp_path / "settings.json").write_text("{}")
+    flags = [str(tmp_path) if flag == "RUN" else flag for flag in flags]
+    monkeypatch.setattr("sys.argv", [program, *flags])
+    parse = train.parse_settings if program == "train.py" else infer.parse_arguments
+    assert parse() is not None                                          # an unknown flag ends the program
+
+
+def test_every_file_and_test_named_exists():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = re.search(r"## Test it\n\n```bash\n(.*)\n```", README).group(1)
+    install, test = command.split(" && ")
+    script = (ROOT / ".ci" / "run").read_text()
+    assert install.replace("install", "install -q") in script and test in script
+
+
+def test_the_code_shown_is_the_code():
+    shown = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    source = re.sub(r"\s+", " ", (ROOT / "train.py").read_text())
+    for line in shown.splitlines():
+        assert re.sub(r"\s+", " ", line).strip() in source

@@ -35,7 +35,7 @@ def open_rows(data, split, seed=0, domains="plain"):
     of one tile only), whose pages are drawn from `seed` and look like `domains`.
     Raises InputError where it cannot be reached or has no such split or columns.
     """
-    if data.startswith(SYNTHETIC):
+    if is_synthetic(data):
         from model.tiny.pages import SyntheticRows
         return SyntheticRows(split, seed, domains, int(data.partition(":")[2] or 4))
     try:
@@ -59,6 +59,10 @@ def open_rows(data, split, seed=0, domains="plain"):
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
+def is_synthetic(data):
+    return data in (SYNTHETIC, *(f"{SYNTHETIC}:{tiles}" for tiles in (1, 2, 4)))
+
+
 def hub_name(data):
     """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
     if Path(data).exists():
@@ -71,6 +75,8 @@ def hub_name(data):
 
 def count_rows(data, split):
     """The number of rows of a split, from the footers of its parquet files, without reading the rows."""
+    if is_synthetic(data):
+        raise InputError("synthetic pages have no end; say how long to train with --steps")
     import datasets
     import fsspec
     from pyarrow import ArrowException, parquet
@@ -79,7 +85,8 @@ def count_rows(data, split):
     try:
         return sum(parquet.read_metadata(fsspec.open(str(file)).open()).num_rows for file in files)
     except ArrowException as error:
-        raise InputError(f"{data}: its length is unknown, being no parquet ({error}); say how long to train with --steps") from error
+        raise InputError(f"{data}: cannot read how many rows its files hold ({error}); mend them or, if they are no parquet, "
+                         "say how long to train with --steps") from error
 
 
 # ------------------------------------------------------------------------------------------------------------------ pages
@@ -90,7 +97,8 @@ class Page:
     name: str                                                   # document and page number, to be named in messages
     image: bytes                                                # as stored: PNG, JPEG, ...
     questions: list[str] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)            # one a question
+    answers: list[str] = field(default_factory=list)            # the one that is learned of each question,
+    accepted: list[list[str]] = field(default_factory=list)     # and all that count as right
     rows: int = 0                                               # of the data set that this page came from,
     unanswered: int = 0                                         # of them without an answer
     epoch: int = 0
@@ -123,9 +131,9 @@ def gather(rows, look_ahead=512, counts=None):
 
 
 def page_key(row):
-    """What tells pages apart: document and page number, or the image's bytes where a data set has no such columns."""
-    if row.get("docId") is not None:
-        return row["docId"], row.get("ucsf_document_page_no")
+    """What tells pages apart: document and page number, or the image's bytes where a row does not have both."""
+    if row.get("docId") is not None and row.get("ucsf_document_page_no") is not None:
+        return row["docId"], row["ucsf_document_page_no"]
     return (hashlib.sha1(image_bytes(row)).hexdigest(),)
 
 
@@ -137,12 +145,15 @@ def image_bytes(row):
 
 
 def add_row(page, row):
-    """Add a row's question and the first of its answers, as written, to its page."""
+    """Add a row's question and its answers, the first to be learned as written, to its page."""
     answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
     page.rows += 1
+    if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers or []):
+        raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; expected text and a list of texts")
     if row["question"] and answers and answers[0]:
         page.questions.append(row["question"] + ("" if row.get("as_written") else INSTRUCTION))
         page.answers.append(answers[0])
+        page.accepted.append(answers)
     else:
         page.unanswered += 1
 
@@ -181,10 +192,16 @@ class PageStream:
             if self.shuffle:
                 pages = shuffled(pages, f"{self.seed} {epoch}")
             index = -1
-            for index, page in enumerate(pages):
-                if (epoch, index) >= tuple(self.start):
-                    page.epoch, page.index = epoch, index
-                    yield page
+            try:
+                for index, page in enumerate(pages):
+                    if (epoch, index) >= tuple(self.start):
+                        page.epoch, page.index = epoch, index
+                        yield page
+            except InputError:
+                raise
+            except (OSError, ValueError, TypeError) as error:
+                raise InputError(f"the rows after page {index + 1} cannot be read ({type(error).__name__}: {error}); "
+                                 "look at the data or the network, then go on with --resume") from error
             if index < 0:
                 raise InputError("the data holds no rows; expected at least one question about one page")
 
@@ -243,7 +260,7 @@ class Examples(Dataset):
             return Example(page, problem=f"none of its {page.rows} questions has an answer "
                                          "(DocumentVQA's test split has none: train on another split)")
         try:
-            image = read_image(page.image, page.name)
+            image = read_image(page.image)
         except InputError as error:
             return Example(page, problem=str(error))
         tiles = tile_page(image, self.max_tiles, self.config.vision.tile_pixels, self.config.thumbnail)

@@ -8,47 +8,53 @@
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
-import argparse
+import http.client
 import json
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 
 from model import InputError, InternVL
-from model.errors import OneLineParser, run
+from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
-from model.prompt import conversation_prompt
+from model.prompt import PLACEHOLDER, conversation_prompt
 from model.tiling import read_image, tile_page
 
-URL_SECONDS, URL_BYTES = 20, 50_000_000         # what an image behind an address may take
+URL_SECONDS, URL_BYTES = 20, 50_000_000         # longest silence and largest size of an image behind an address
 
 
 def parse_arguments():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("question", nargs="?", help="what to ask; none: a chat, or one question a line from standard input")
+    parser.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
     parser.add_argument("--image", action="append", default=[], metavar="PATH|URL", help="an image; may be given several times")
     parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
-    parser.add_argument("--batch", type=int, default=1, help="questions of --questions answered at once (%(default)s)")
-    parser.add_argument("--max-tiles", type=int, default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of drawn tokens (%(default)s)")
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions answered at once (%(default)s)")
+    parser.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=512, help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=real_number(0, 1000), default=0.0, help="0: always the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=real_number(1e-6, 1), default=1.0, help="draw from the likeliest tokens of this probability (%(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of drawn tokens (%(default)s)")
     parser.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
     parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
+    if parser.parse_args().tiny:
+        parser.set_defaults(model="tiny", device="cpu")
     arguments = parser.parse_args()
-    for name in ("batch", "max_tiles", "max_new_tokens"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} is less than 1")
-    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        parser.error(f"--temperature {arguments.temperature} --top-p {arguments.top_p}: expected 0 or more, and over 0 up to 1")
+    if arguments.questions and (arguments.question is not None or arguments.image):
+        parser.error("--questions names the questions and images itself; give no QUESTION and no --image beside it")
+    if arguments.question is not None:
+        arguments.question = clean(arguments.question)
     return arguments
+
+
+def clean(text):
+    """Text as the tokenizer takes it: what is not UTF-8 becomes a replacement character."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def load_image(source):
@@ -58,7 +64,7 @@ def load_image(source):
     try:
         with urllib.request.urlopen(source, timeout=URL_SECONDS) as response:
             data = response.read(URL_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"{source}: cannot be fetched ({error})") from error
     if len(data) > URL_BYTES:
         raise InputError(f"{source}: more than {URL_BYTES:,} bytes; expected an image")
@@ -108,11 +114,14 @@ def describe(model, question, tokens, tiles, page, prefill_seconds, decode_token
             "decode_tokens_per_second": decode_tokens_per_second}
 
 
-def answer_one(model, arguments, turns, tiles):
-    """Ask and print; returns the answer."""
+def answer_one(model, arguments, turns, tiles, one_line=False):
+    """Ask and print, as the answer comes or, for `one_line`, when it is whole; returns the answer."""
     if arguments.json:
         result = ask(model, arguments, turns, tiles)
         print(json.dumps(result, ensure_ascii=False), flush=True)
+    elif one_line:
+        result = ask(model, arguments, turns, tiles)
+        print(" ".join(result["answer"].split()), flush=True)
     else:
         result = ask(model, arguments, turns, tiles, show=lambda text: print(text, end="", flush=True))
         print(flush=True)
@@ -121,15 +130,19 @@ def answer_one(model, arguments, turns, tiles):
 
 def chat(model, arguments, tiles):
     """Questions from the terminal or, one a line, from standard input; each sees the conversation before it."""
-    turns = []
+    turns, typed = [], sys.stdin.isatty()
     while True:
-        print("> ", end="", file=sys.stderr, flush=True) if sys.stdin.isatty() else None
+        print("> " if typed else "", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return
-        if line.strip():
-            answer = answer_one(model, arguments, [*turns, (line.strip(), None)], tiles)
-            turns.append((line.strip(), answer))
+        question = clean(line.strip())
+        if not question:
+            continue
+        if not turns and PLACEHOLDER not in question:           # the images keep this place in the turns to come
+            question = f"{PLACEHOLDER}\n" * len(tiles) + question
+        answer = answer_one(model, arguments, [*turns, (question, None)], tiles, one_line=not typed)
+        turns.append((question, answer))
 
 
 def answer_file(model, arguments):
@@ -137,17 +150,17 @@ def answer_file(model, arguments):
     path = Path(arguments.questions)
     asked = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line) if line.strip() else None
-            if entry:
+            if line.strip():
+                entry = json.loads(line)
                 images = [entry["images"]] if isinstance(entry.get("images"), str) else entry.get("images") or []
                 # a path is taken from here or, if there is no such file, from beside the questions
                 images = [str(path.parent / i) if "://" not in i and not Path(i).exists() else i for i in images]
-                asked.append((entry["question"], images))
+                asked.append((clean(entry["question"]), images))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}:{number}: not a question ({type(error).__name__}: {error}); expected "
                              '{"question": "...", "images": ["..."]}') from error

@@ -15,65 +15,69 @@ import math
 import os
 import sys
 import time
+import warnings
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import Examples, PageStream, count_rows, gather, load_examples, open_rows
+from data import INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, open_rows
 from model import InputError, InternVL
-from model.checkpoint import CHECKPOINTS, SETTINGS, latest_checkpoint, load_checkpoint, save_checkpoint
-from model.errors import OneLineParser, run
+from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, load_checkpoint, read_settings,
+                              save_checkpoint)
+from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
 from model.prompt import page_prompt
+from model.score import anls, exact_match
+from model.tiling import read_image
 from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "llm", "vision")
 TINY = dict(model="tiny", data="synthetic", train=",".join(PARTS), from_scratch=True, accumulate=8, steps=200, lr=3e-3, warmup=0.05,
             eval_every=50, eval_pages=32, device="cpu", workers=0)
-METRICS = "metrics.jsonl"
-SHOWN_PAGES, SHOWN_TOKENS = 2, 32       # validation pages in samples.md, and the longest answer there
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
 
 def parse_settings():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     data = parser.add_argument_group("model and data")
     data.add_argument("--tiny", action="store_true", help="small model, drawn pages, CPU: sets the defaults of other flags")
     data.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
-    data.add_argument("--from-scratch", action="store_true", help="random weights in the shape that --model describes")
+    data.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="random weights in the shape that --model describes")
     data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, or synthetic (%(default)s)")
     data.add_argument("--domain", type=domain_names, default="plain", help="what synthetic pages look like, comma-separated (%(default)s)")
     data.add_argument("--train", type=part_names, default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
-    data.add_argument("--max-tiles", type=at_least(1), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
-    data.add_argument("--max-length", type=at_least(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
+    data.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
+    data.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
     data.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="pages in seeded order, or in file order")
-    data.add_argument("--look-ahead", type=at_least(1), default=512, help="rows over which a page's questions are gathered (%(default)s)")
+    data.add_argument("--look-ahead", type=whole_number(1), default=512, help="rows over which a page's questions are gathered (%(default)s)")
     batch = parser.add_argument_group("batch and length of the run")
-    batch.add_argument("--batch-pages", type=at_least(1), default=1, help="pages in a micro-batch (%(default)s)")
-    batch.add_argument("--accumulate", type=at_least(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
-    batch.add_argument("--steps", type=at_least(1), help="optimizer steps; with --epochs, the first one reached")
-    batch.add_argument("--epochs", type=at_least(1), help="times through the data (1 if --steps is not given)")
+    batch.add_argument("--batch-pages", type=whole_number(1), default=1, help="pages in a micro-batch (%(default)s)")
+    batch.add_argument("--accumulate", type=whole_number(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    batch.add_argument("--steps", type=whole_number(1), help="optimizer steps; with --epochs, the first one reached")
+    batch.add_argument("--epochs", type=whole_number(1), help="times through the data (1 if --steps is not given)")
     optimizer = parser.add_argument_group("optimizer: AdamW, betas 0.9 and 0.999")
-    optimizer.add_argument("--lr", type=number(0), default=4e-5, help="highest learning rate (%(default)s)")
+    optimizer.add_argument("--lr", type=real_number(0, 1000), default=4e-5, help="highest learning rate (%(default)s)")
     optimizer.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="how it falls (%(default)s)")
-    optimizer.add_argument("--warmup", type=number(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
-    optimizer.add_argument("--weight-decay", type=number(0), default=0.01, help="of matrices, not of biases and norms; 0: none (%(default)s)")
-    optimizer.add_argument("--clip", type=number(0), default=1.0, help="largest norm of the gradient; 0: no clipping (%(default)s)")
+    optimizer.add_argument("--warmup", type=real_number(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
+    optimizer.add_argument("--weight-decay", type=real_number(0, 1000), default=0.01, help="of matrices, not of biases and norms; 0: none (%(default)s)")
+    optimizer.add_argument("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient; 0: no clipping (%(default)s)")
     log = parser.add_argument_group("evaluation and files")
-    log.add_argument("--eval-every", type=at_least(0), default=200, help="steps between validations; 0: none (%(default)s)")
-    log.add_argument("--eval-pages", type=at_least(1), default=64, help="pages of the validation set, always the same (%(default)s)")
-    log.add_argument("--save-every", type=at_least(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
+    log.add_argument("--eval-every", type=whole_number(0), default=200, help="steps between validations; 0: none (%(default)s)")
+    log.add_argument("--eval-pages", type=whole_number(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    log.add_argument("--save-every", type=whole_number(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
     log.add_argument("--out", help="run folder (runs/ and the time of day)")
     log.add_argument("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     log.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    machine.add_argument("--seed", type=int, default=0, help="of the pages' order and of random weights (%(default)s)")
-    machine.add_argument("--workers", type=at_least(0), default=min(4, os.cpu_count() or 1), help="processes that decode and tile pages (%(default)s)")
+    machine.add_argument("--seed", type=whole_number(0), default=0, help="of the pages' order and of random weights (%(default)s)")
+    machine.add_argument("--workers", type=whole_number(0), default=min(4, os.cpu_count() or 1), help="processes that decode and tile pages (%(default)s)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the blocks with torch.compile")
 
     settings = parser.parse_args()
@@ -82,14 +86,17 @@ def parse_settings():
     elif settings.tiny:
         parser.set_defaults(**TINY)
     settings = parser.parse_args()
+    if settings.resume and settings.out != settings.resume:
+        parser.error(f"--out {settings.out}: --resume goes on in its own folder; to begin another run from it, use --model {settings.resume}")
+    if settings.resume and settings.train != read_settings(settings.resume).get("train"):
+        parser.error(f"--train {settings.train}: not what the run trains; to train other parts, begin a run with --model {settings.resume}")
     if not settings.steps and not settings.epochs:
         settings.epochs = 1
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
     settings.out = settings.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    for name, word in (("model", "tiny"), ("data", "synthetic")):
-        given = getattr(settings, name)
-        if given != word and Path(given).exists():
+    for name, given in (("model", settings.model), ("data", settings.data)):
+        if given != "tiny" and not is_synthetic(given) and Path(given).exists():
             setattr(settings, name, str(Path(given).resolve()))         # the run can be used from any folder
     return settings
 
@@ -110,38 +117,13 @@ def domain_names(text):
     return text
 
 
-def at_least(smallest):
-    def whole_number(text):
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
-        return int(text)
-    return whole_number
-
-
-def number(smallest, largest=math.inf):
-    def real_number(text):
-        if not smallest <= float(text) <= largest:
-            raise argparse.ArgumentTypeError(f"{text} is not between {smallest} and {largest}")
-        return float(text)
-    return real_number
-
-
-def read_settings(folder):
-    try:
-        return json.loads(Path(folder, SETTINGS).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a run folder ({error}); expected the --out of an earlier run") from error
-
-
 def open_run(settings):
-    """Make the run folder and write the settings into it."""
+    """Make the run folder. Raises InputError for one that holds a run or a model already."""
     folder = Path(settings.out)
-    if (folder / SETTINGS).exists() and not settings.resume:
-        raise InputError(f"{folder}: holds a run already; choose another --out, or go on with --resume {folder}")
+    if not settings.resume and any((folder / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
+        raise InputError(f"{folder}: holds a run or a model already; choose another --out, or go on with --resume {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
-        (folder / SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
     return folder
@@ -185,23 +167,24 @@ def learning_rate(fraction, settings):
 class Skips:
     """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used."""
 
-    def __init__(self, pages=0, questions=0):
-        self.pages, self.questions = pages, questions
+    def __init__(self, pages=0, questions=0, unanswered=0):
+        self.pages, self.questions, self.unanswered = pages, questions, unanswered
 
     def keep(self, examples):
         """Yield those examples of an epoch that can be used."""
-        read, skipped, last = 0, 0, ""
+        skipped = 0
         for example in examples:
-            read += 1
+            page, read = example.page, example.page.index + 1
             self.questions += len(example.too_long)
+            self.unanswered += page.unanswered
             if example.problem:
-                self.pages, skipped, last = self.pages + 1, skipped + 1, f"page {example.page.name}: {example.problem}"
+                self.pages, skipped, last = self.pages + 1, skipped + 1, f"page {page.name}: {example.problem}"
                 warn(f"{last}; skipped")
                 if read >= 100 or skipped == read == 5:
                     self.judge(read, skipped, last)
                 continue
             if example.too_long:
-                warn(f"page {example.page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
+                warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
                      f"skipped, the first: {example.too_long[0]!r}")
             yield example
         if skipped:
@@ -249,34 +232,70 @@ def accumulate_gradients(model, examples, batch_pages):
 
 @torch.no_grad()
 def evaluate(model, examples):
-    """Mean negative log-likelihood of the answer tokens of all examples."""
-    total, tokens = 0.0, 0
+    """Validate on some examples -> (measures, answers).
+
+    measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the greedy
+    answers, 0 to 1. answers: one dict a question. All questions of a page are answered from one prefix.
+    """
+    total, tokens, answers = 0.0, 0, []
     for example in examples:
-        total += model.loss(model.pack([(example.tiles, example.prompt)])).item()
+        page, tiles = example.page, example.tiles
+        total += model.loss(model.pack([(tiles, example.prompt)])).item()
         tokens += example.answer_tokens
-    return total / tokens
+        asked = [(q, a) for q, a in zip(page.questions, page.accepted) if q not in example.too_long]
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question for question, _ in asked])
+        with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
+            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER)))
+        for (question, accepted), ids in zip(asked, columns):
+            answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
+            answers.append({"page": page.name, "question": question, "answer": answer, "expected": accepted})
+    def mean(score):
+        return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
+    return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
 
 
-def write_samples(model, examples, step, folder):
-    """Let the model answer the questions of a few validation pages; append its answers to samples.md."""
-    lines = [f"\n## Step {step}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
-    for example in examples:
-        page = example.page
-        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(example.tiles)], page.questions)
-        columns = zip(*generate(model, [(example.tiles, prompt)], SHOWN_TOKENS))
-        answers = [model.tokenizer.decode([t for t in column if t is not None], skip_special_tokens=True) for column in columns]
-        lines += ["| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |"
-                  for row in zip([page.name] * len(answers), page.questions, answers, page.answers)]
-    with open(folder / "samples.md", "a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+def write_samples(folder, step, answers):
+    """Add one validation's answers about the first pages to samples.jsonl; write them all as tables into samples.md."""
+    with open(folder / SAMPLES, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "answers": answers}, ensure_ascii=False) + "\n")
+    tables = []
+    for sample in read_lines(folder / SAMPLES):
+        tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
+        for line in sample["answers"]:
+            cells = line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"], " / ".join(line["expected"])
+            tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    (folder / "samples.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
+
+
+def draw_samples(folder, pages):
+    """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth."""
+    pyplot = plotting()
+    samples = read_lines(folder / SAMPLES)
+    before, after = samples[0], samples[-1]
+    figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
+    columns = (0.0, "question"), (0.42, f"answer at step {before['step']}"), (0.63, f"at step {after['step']}"), (0.84, "truth")
+    for page, (left, right) in zip(pages, rows):
+        left.imshow(read_image(page.image).convert("RGB"))
+        left.set(xticks=[], yticks=[])
+        right.axis("off")
+        lines = [(a, b) for a, b in zip(before["answers"], after["answers"]) if a["page"] == page.name]
+        for x, text in columns:
+            right.text(x, 1, text, va="top", fontsize=8, color="grey")
+        for i, (a, b) in enumerate(lines, 1):
+            y = 1 - i / (len(lines) + 1)
+            cells = a["question"].removesuffix(INSTRUCTION), a["answer"], b["answer"], a["expected"][0]
+            colors = "black", *("green" if exact_match(line["answer"], line["expected"]) else "red" for line in (a, b)), "black"
+            for (x, _), text, color in zip(columns, cells, colors):
+                right.text(x, y, text if len(text) <= 28 else text[:27] + "…", va="top", fontsize=10, color=color, parse_math=False)
+    with warnings.catch_warnings(action="ignore"):              # characters that the font lacks: samples.md has them all
+        figure.savefig(folder / "samples.png", dpi=110)
+    pyplot.close(figure)
 
 
 def draw_curve(folder):
     """Redraw curve.png, training and validation loss over steps, from metrics.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = read_metrics(folder)
+    pyplot = plotting()
+    lines = read_lines(folder / METRICS)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, style in (("train_loss", dict(color="tab:blue", alpha=0.5, linewidth=1)), ("val_loss", dict(color="tab:red", marker="o"))):
         points = [(line["step"], line[key]) for line in lines if key in line]
@@ -290,15 +309,28 @@ def draw_curve(folder):
     pyplot.close(figure)
 
 
-def read_metrics(folder):
-    path = folder / METRICS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def plotting():
+    import matplotlib
+    matplotlib.use("Agg")                       # draws into files, needs no screen
+    from matplotlib import pyplot
+    return pyplot
+
+
+def read_lines(path):
+    """The objects of a jsonl file, none if there is no such file; a last line cut short by a crash does not count."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+
+
+def keep_until(path, step):
+    """Drop the lines of a jsonl file that lie after `step`."""
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def peak_gb(device):
     """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return 0.0
     import resource
@@ -320,16 +352,18 @@ def load_model(settings):
     return model
 
 
-def begin(folder, model, optimizer):
-    """Where the run stands: at its latest checkpoint, with the metrics up to there, or at step 0."""
-    state = {"step": 0, "epoch": 0, "index": 0, "rows": 0, "skipped_pages": 0, "skipped_questions": 0}
+def begin(folder, settings, model, optimizer):
+    """Write the settings. Returns where the run stands: at its latest checkpoint, with the metrics up to there, or at step 0."""
+    kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
+    (folder / SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
+    state = {"step": 0, "epoch": 0, "index": 0, "rows": 0, "questions": 0, "skipped_pages": 0, "skipped_questions": 0, "unanswered": 0}
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
         print(f"going on after step {state['step']}")
-    lines = [line for line in read_metrics(folder) if line["step"] <= state["step"]]
-    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return state, any(line["step"] == state["step"] and "val_loss" in line for line in lines)
+    keep_until(folder / SAMPLES, state["step"])
+    keep_until(folder / METRICS, state["step"])
+    return state
 
 
 def main():
@@ -341,28 +375,26 @@ def main():
     folder = open_run(settings)
     print(json.dumps(vars(settings)))
 
-    # the model, and where the run stands
+    # the model and its data, then where the run stands
     model = load_model(settings)
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    state, evaluated = begin(folder, model, optimizer)
+    rows = open_rows(settings.data, "train", settings.seed, settings.domain)
+    all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
+    held_out = open_rows(settings.data, "validation", domains=settings.domain) if settings.eval_every else None
+    state = begin(folder, settings, model, optimizer)
     first = step = state["step"]
-    skips, counts = Skips(state["skipped_pages"], state["skipped_questions"]), collections.Counter()
+    skips, counts = Skips(state["skipped_pages"], state["skipped_questions"], state["unanswered"]), collections.Counter()
 
     # pages to train on, and the fixed ones to validate on
     examples = Examples(model, settings.max_tiles, settings.max_length)
-    rows = open_rows(settings.data, "train", settings.seed, settings.domain)
-    all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
     stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
                         start=(state["epoch"], state["index"]), counts=counts)
     loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
-    if settings.eval_every:
-        held_out = gather(open_rows(settings.data, "validation", domains=settings.domain), settings.look_ahead)
+    if held_out:
+        held_out = PageStream(held_out, epochs=1, shuffle=False, look_ahead=settings.look_ahead).pages()
         held_out = list(itertools.islice(held_out, settings.eval_pages))
-        if not held_out:
-            raise InputError(f"{settings.data}: its validation split holds no rows; add some, or give --eval-every 0")
         validation = load_examples(held_out, examples, settings.workers)
-        shown = [example for example in map(examples.__getitem__, held_out[:SHOWN_PAGES]) if example.problem is None]
 
     def fraction_done(steps, rows):
         """How much of the run lies behind, 0 to 1, by the limit that is nearer."""
@@ -373,18 +405,21 @@ def main():
             file.write(json.dumps(line) + "\n")
 
     def validate():
-        loss = evaluate(model, Skips().keep(validation))
-        log(step=step, val_loss=loss)
-        write_samples(model, shown, step, folder)
+        measures, answers = evaluate(model, Skips().keep(validation))
+        log(step=step, **measures)
+        names = list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
+        write_samples(folder, step, [line for line in answers if line["page"] in names])
+        draw_samples(folder, [page for page in held_out if page.name in names])
         draw_curve(folder)
-        bar.write(f"step {step:>6} | val loss {loss:.4f}")
+        bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
     def save():
-        state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions)
+        state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions, unanswered=skips.unanswered)
         save_checkpoint(folder / CHECKPOINTS / f"step-{step:07d}.safetensors", model, optimizer, state)
+        (folder / WEIGHTS).unlink(missing_ok=True)          # of an earlier end of this run: this checkpoint is newer
 
     with tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar:
-        if settings.eval_every and not evaluated:
+        if settings.eval_every and step == 0:
             validate()
         steps = training_steps(loader, skips, settings)
         while step != settings.steps:
@@ -399,7 +434,7 @@ def main():
             lr = learning_rate(fraction_done(step - 0.5, state["rows"] + step_rows / 2), settings)      # at the step's middle
             loss = accumulate_gradients(model, pages, settings.batch_pages)
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
-            loss, norm = torch.stack([loss, norm]).tolist()                 # the step's only wait for the device
+            loss, norm = torch.stack([loss, norm]).tolist()                 # waits for the device
             if not math.isfinite(loss + norm):
                 raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
                                  f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
@@ -408,8 +443,9 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             # ------------------------------------------------------------------------------------------------------------------
-            state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows)
             questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
+            state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows,
+                         questions=state["questions"] + questions)
             speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
             log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
                 answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
@@ -421,14 +457,14 @@ def main():
             if settings.save_every and step % settings.save_every == 0:
                 save()
 
-        if step == first:
+        if step == 0 or step == first and (folder / WEIGHTS).exists():
             raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
-        if settings.eval_every and step % settings.eval_every:
+        if settings.eval_every and step % settings.eval_every and step > first:
             validate()
     save()
     model.save_pretrained(folder)
-    print(f"{step} steps, {state['rows']} questions; left out: {skips.pages} pages, {skips.questions} questions too long; "
-          f"{counts['split pages']} pages split by the look-ahead")
+    print(f"{step} steps, {state['questions']} questions; left out: {skips.pages} pages, {skips.questions} questions too long, "
+          f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead")
     print(f'next: python infer.py --model {folder} --image PAGE "What is the total?"')
 
 

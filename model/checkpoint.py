@@ -71,7 +71,7 @@ def load(build, name, device=None, dtype=None, seed=None):
     """Build a model and fill it, from files or, with a `seed`, at random. See `InternVL.from_pretrained`."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
     if isinstance(dtype, str):
@@ -93,6 +93,9 @@ def load(build, name, device=None, dtype=None, seed=None):
         stored = dict.fromkeys(model.state_dict(), getattr(torch, config.stored_dtype))
     model.requires_grad_(False).eval()
     model.tokenizer = load_tokenizer(folder)
+    if len(model.tokenizer) > config.language.vocabulary:
+        raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
+                         f"{config.language.vocabulary}; they are not of the same model")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
         load_checkpoint(path, model)
@@ -105,8 +108,10 @@ def find(name, seed=None):
         return TINY, [], seed
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
+    if path.name == WEIGHTS and path.is_file():
+        return find(path.parent, seed)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
-        settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
@@ -118,15 +123,26 @@ def find(name, seed=None):
         return path, [], seed
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or 'tiny'")
-    return download(name), [], seed
+    return download(name, BESIDE_WEIGHTS if seed is not None else (WEIGHTS, *BESIDE_WEIGHTS)), [], seed
 
 
-def download(name):
-    """Bring a model from the Hub into its cache; return the folder. Raises InputError where it cannot be had."""
+def read_settings(run):
+    """The settings of a run folder, as train.py wrote them. Raises InputError."""
+    try:
+        settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
+        if not {"model", "seed", "from_scratch"} <= settings.keys():
+            raise ValueError("model, seed or from_scratch is missing")
+        return settings
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out of an earlier run") from error
+
+
+def download(name, files):
+    """Bring a model's files from the Hub into its cache; return the folder. Raises InputError where they cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
-        return Path(snapshot_download(name, allow_patterns=[WEIGHTS, *BESIDE_WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise InputError(f"{name}: neither a local folder nor a model on the Hub; check the name, or log in with "
                          "'hf auth login' if it is private") from error
@@ -183,14 +199,17 @@ def load_tokenizer(folder):
 def save(model, folder):
     """Write a model folder. See `InternVL.save_pretrained`."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in BESIDE_WEIGHTS:
-        for file in model.folder.glob(pattern):
-            if file.resolve() != (folder / file.name).resolve():
-                shutil.copyfile(file, folder / file.name)
     tensors = {official_name(ours): tensor.detach().to("cpu", model.stored_dtypes[ours]).contiguous()
                for ours, tensor in model.state_dict().items()}
-    write(tensors, folder / WEIGHTS, {"format": "pt"})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in BESIDE_WEIGHTS:
+            for file in model.folder.glob(pattern):
+                if file.resolve() != (folder / file.name).resolve():
+                    shutil.copyfile(file, folder / file.name)
+        write(tensors, folder / WEIGHTS, {"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model cannot be written there ({error})") from error
 
 
 def write(tensors, path, metadata):
@@ -235,7 +254,8 @@ def load_checkpoint(path, model, optimizer=None):
                         ours[name].copy_(tensor)
                 elif optimizer:
                     kind, parameter = key.split(".", 2)[1], ours[name]
-                    optimizer.state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
+                    on_cpu = kind == "step" and not optimizer.defaults["fused"]     # where AdamW counts its steps
+                    optimizer.state[parameter][kind] = tensor if on_cpu else tensor.to(parameter.device)
             return json.loads(file.metadata()["state"])
     except (SafetensorError, OSError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{path}: not a checkpoint of train.py, or not a whole one ({error})") from error

@@ -79,11 +79,13 @@ class Config:
                 "vision_config.qkv_bias": vision["qkv_bias"],
                 "vision_config.hidden_act": vision["hidden_act"],
                 "llm_config.hidden_act": language["hidden_act"],
+                "llm_config.rope_scaling": language.get("rope_scaling"),
+                "llm_config.use_sliding_window": language.get("use_sliding_window", False),
             }
             wrong = [f"{key} is {found[key]!r}, expected {value!r}" for key, value in SUPPORTED.items() if found[key] != value]
             if wrong:
                 raise InputError(f"{path}: not an architecture that this code builds: {'; '.join(wrong)}")
-            return cls(
+            config = cls(
                 VisionConfig(width=vision["hidden_size"], layers=vision["num_hidden_layers"],
                              heads=vision["num_attention_heads"], mlp_width=vision["intermediate_size"],
                              tile_pixels=vision["image_size"], patch_pixels=vision["patch_size"],
@@ -95,9 +97,26 @@ class Config:
                                max_positions=language["max_position_embeddings"]),
                 shuffle=round(1 / official["downsample_ratio"]), thumbnail=official["use_thumbnail"],
                 stored_dtype=official["torch_dtype"])
-        except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
+            config.check()
+            return config
+        except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{path}: not an InternVL2 config ({type(error).__name__}: {error}); "
                              "expected the official config.json with vision_config and llm_config") from error
+
+    def check(self):
+        """Raise TypeError or ArithmeticError for numbers that no model can be built from."""
+        for part in (self.vision, self.language):
+            for key, value in vars(part).items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise TypeError(f"{key} is {value!r}, not a number")
+                if not 0 < value < 1e9:
+                    raise ArithmeticError(f"{key} is {value!r}")
+        vision, language = self.vision, self.language
+        if (vision.width % vision.heads or language.width % language.heads or language.heads % language.kv_heads
+                or vision.tile_pixels % vision.patch_pixels or vision.grid % self.shuffle or language.head_width % 2):
+            raise ArithmeticError("widths, heads and tile do not divide as they must")
+        if self.stored_dtype not in ("bfloat16", "float16", "float32"):
+            raise TypeError(f"torch_dtype is {self.stored_dtype!r}")
 
 
 # What a config.json must say for this code to compute what its authors meant. InternVL2-1B says exactly this.
@@ -111,4 +130,6 @@ SUPPORTED = {
     "vision_config.qkv_bias": True,
     "vision_config.hidden_act": "gelu",
     "llm_config.hidden_act": "silu",
+    "llm_config.rope_scaling": None,
+    "llm_config.use_sliding_window": False,
 }

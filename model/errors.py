@@ -1,6 +1,7 @@
 """What a user can cause, told in one line: what was found, what was expected, what to do."""
 import argparse
 import sys
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -8,7 +9,10 @@ class InputError(ValueError):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line on standard error, exit status 2."""
+    """An argument parser whose complaints are one line on standard error, exit status 2; flags are not abbreviated."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -19,10 +23,23 @@ def run(main):
     try:
         main()
     except InputError as error:
-        sys.exit(fail(error))
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)                   # as a shell counts a program ended by Ctrl-C
 
 
-def fail(error):
-    """Print an error as one line on standard error; return the exit status, 2."""
-    print(f"{sys.argv[0].rsplit('/')[-1]}: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def whole_number(smallest, largest=2 ** 63 - 1):
+    """An argument type: an integer of this range."""
+    return lambda text: in_range(int(text), smallest, largest)
+
+
+def real_number(smallest, largest):
+    """An argument type: a number of this range."""
+    return lambda text: in_range(float(text), smallest, largest)
+
+
+def in_range(value, smallest, largest):
+    if not smallest <= value <= largest:
+        raise argparse.ArgumentTypeError(f"{value} is not between {smallest} and {largest}")
+    return value

@@ -11,11 +11,10 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
 
     `pages`: (tiles, prompt) pairs; a prompt of branch 0 alone is one question, else each branch is one.
     `temperature`: 0 takes the likeliest token; else tokens are drawn, from the likeliest ones that together have
-    probability `top_p`. Yields one list a step: for each question, pages in order, the id of its next token, or None once
+    probability `top_p`; every question draws from `seed` anew, so its answer does not depend on its company. Yields one list a step: for each question, pages in order, the id of its next token, or None once
     it has ended; the end-of-turn token is the last one yielded.
     """
     end, device = special_id(model.tokenizer, END), model.device
-    generator = torch.Generator(device).manual_seed(seed)
     batch = model.pack(pages)
     places, positions, branch_of, page_of, start = [], [], [], [], 0        # one entry a question
     for page, (_, prompt) in enumerate(pages):
@@ -30,8 +29,9 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
               for page, (_, prompt) in enumerate(pages)]
     hidden = model.read(batch, caches)[places]                              # (questions, D)
     open_questions = list(range(len(places)))
+    generators = [torch.Generator(device).manual_seed(seed) for _ in places] if temperature else places
     for _ in range(max_new_tokens):
-        chosen = choose(model.language.head(hidden).float(), temperature, top_p, generator)
+        chosen = choose(model.language.head(hidden).float(), temperature, top_p, [generators[i] for i in open_questions])
         step = [None] * len(places)
         for question, token in zip(open_questions, chosen.tolist()):
             step[question] = token
@@ -51,12 +51,12 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
         hidden = model.language(model.language.embedding(chosen).to(model.dtype), at, lookbacks)
 
 
-def choose(logits, temperature, top_p, generator):
-    """float32 logits (questions, V) -> int64 (questions,)."""
+def choose(logits, temperature, top_p, generators):
+    """float32 logits (questions, V), one generator a question -> int64 (questions,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probability, token = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
     before = probability.cumsum(dim=-1) - probability                       # of all likelier tokens together
     probability[(before >= top_p) & (before > 0)] = 0                       # the likeliest one always stays
-    drawn = torch.multinomial(probability, 1, generator=generator)
+    drawn = torch.stack([torch.multinomial(p, 1, generator=generator) for p, generator in zip(probability, generators)])
     return token.gather(-1, drawn)[:, 0]

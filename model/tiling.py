@@ -15,21 +15,24 @@ from PIL import Image
 from model.errors import InputError
 
 
-def read_image(source, name="image"):
-    """Decode a page. `source`: path or bytes of an image file. Raises InputError for what Pillow cannot read."""
+def read_image(source, name="it"):
+    """Decode a page -> Pillow image of mode 1, L or RGB. `source`: path or bytes of an image file.
+
+    Raises InputError for what Pillow cannot read.
+    """
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image.load()                    # Image.open reads the header only; a truncated file fails here
-        return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: not a readable image ({error or type(error).__name__})") from error
+        return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {name} as an image ({error or type(error).__name__})") from error
 
 
 @lru_cache
 def grids(max_tiles):
     """All (columns, rows) with at most `max_tiles` cells, smallest area first."""
-    cells = range(1, max_tiles + 1)
-    return sorted(((c, r) for c in cells for r in cells if c * r <= max_tiles), key=lambda grid: grid[0] * grid[1])
+    all_grids = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
+    return sorted(all_grids, key=lambda grid: grid[0] * grid[1])
 
 
 def choose_grid(width, height, max_tiles=12, tile_pixels=448):

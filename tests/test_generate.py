@@ -98,13 +98,13 @@ def test_generation_ends_with_the_end_of_turn(tiny, monkeypatch):
 
 def test_sampling_draws_from_the_likeliest_tokens_of_probability_top_p():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1).expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    everything = choose(logits, 1.0, 1.0, generator).bincount(minlength=4) / 4000
+    generators = [torch.Generator().manual_seed(0)] * 4000
+    everything = choose(logits, 1.0, 1.0, generators).bincount(minlength=4) / 4000
     torch.testing.assert_close(everything, logits[0].exp(), atol=0.03, rtol=0)
-    two = choose(logits, 1.0, 0.8, generator).bincount(minlength=4)         # 0.64 + 0.24 reach 0.8
+    two = choose(logits, 1.0, 0.8, generators).bincount(minlength=4)         # 0.64 + 0.24 reach 0.8
     assert two[2:].sum() == 0 and two[1] > 0
-    assert choose(logits, 1.0, 0.01, generator).unique().tolist() == [0]
-    hot = choose(logits, 100.0, 1.0, generator).bincount(minlength=4) / 4000
+    assert choose(logits, 1.0, 0.01, generators).unique().tolist() == [0]
+    hot = choose(logits, 100.0, 1.0, generators).bincount(minlength=4) / 4000
     assert (hot - 0.25).abs().max() < 0.03
 
 
@@ -113,3 +113,8 @@ def test_a_seed_gives_the_same_draw_again(tiny):
     first = answers(tiny, [together], 8, temperature=1.0, seed=3)
     assert first == answers(tiny, [together], 8, temperature=1.0, seed=3)
     assert first != answers(tiny, [together], 8, temperature=1.0, seed=4)
+
+
+def test_a_drawn_answer_does_not_depend_on_its_company(tiny):
+    together, alone = pages_of(tiny, ["A?", "Which?", "And B?"], 1)
+    assert answers(tiny, [together], 8, temperature=1.0, seed=5) == [answers(tiny, [page], 8, temperature=1.0, seed=5)[0] for page in alone]

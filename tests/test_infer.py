@@ -68,10 +68,10 @@ def test_a_seed_draws_the_same_answer_again(ask, page):
 
 
 def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
-    first, second = ask("--image", page, stdin="What is the date?\n\nAnd the total?\n").splitlines()
+    first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
     tiles = tile_page(infer.load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the date?", first), ("And the total?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == infer.decode(tiny, tokens)
 
@@ -127,17 +127,20 @@ def test_an_image_comes_from_an_address(ask, page, web):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--image", "nowhere.png", "What?"), "nowhere.png: not a readable image"),
-    (("--image", "README.md", "What?"), "README.md: not a readable image"),
+    (("--image", "nowhere.png", "What?"), "cannot read nowhere.png as an image"),
+    (("--image", "README.md", "What?"), "cannot read README.md as an image"),
     (("--image", "WEB/missing.png", "What?"), "cannot be fetched (HTTP Error 404"),
     (("--image", "WEB/endless", "What?"), "more than 50,000,000 bytes"),
-    (("--image", "WEB/text", "What?"), "not a readable image"),
+    (("--image", "WEB/text", "What?"), "/text as an image"),
     (("--image", "http://127.0.0.1:9/x.png", "What?"), "cannot be fetched"),
     (("--model", "nowhere", "What?"), "nowhere: not found; expected a model folder"),
-    (("--max-tiles", "0", "What?"), "--max-tiles 0 is less than 1"),
-    (("--top-p", "0", "What?"), "--top-p 0.0"),
-    (("--temperature", "hot", "What?"), "invalid float value: 'hot'"),
+    (("--max-tiles", "0", "What?"), "0 is not between 1 and 128"),
+    (("--top-p", "0", "What?"), "0.0 is not between"),
+    (("--temperature", "hot", "What?"), "invalid"),
     (("--max-new-tokens", "5000", "What?"), "exceed the model's 2048"),
+    (("--temperature", "nan", "What?"), "nan is not between"),
+    (("--image", "http://a b/x.png", "What?"), "cannot be fetched"),
+    (("--questions", "x.jsonl", "What?"), "give no QUESTION"),
     (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
     (("--device", "nonsense", "What?"), "try --device cpu"),
     (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
@@ -148,6 +151,6 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
 
 
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
-    for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}'):
+    for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}"):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
         assert "q.jsonl:2: not a question" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")

@@ -16,7 +16,7 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path):
     _, program, *flags = shlex.split(command)
     if "--help" in flags:
         return
-    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "settings.json").write_text('{"model": "tiny", "seed": 0, "from_scratch": true, "train": "projector"}')
     flags = [str(tmp_path) if flag == "RUN" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", [program, *flags])
     parse = train.parse_settings if program == "train.py" else infer.parse_arguments

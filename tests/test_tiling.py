@@ -108,7 +108,7 @@ def test_unreadable_images_are_refused_in_one_line(tmp_path):
     file = io.BytesIO()
     Image.effect_noise((300, 300), 90).save(file, "JPEG")
     for bad in (b"", b"not an image", file.getvalue()[:2000]):
-        with pytest.raises(InputError, match="page 7: not a readable image"):
+        with pytest.raises(InputError, match="cannot read page 7 as an image"):
             read_image(bad, "page 7")
     with pytest.raises(InputError, match="nowhere.png"):
         read_image(tmp_path / "nowhere.png", "nowhere.png")

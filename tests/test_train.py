@@ -59,9 +59,10 @@ def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypat
     assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
     assert all(set(line) == METRICS for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 31))
     assert {file.name for file in run.iterdir()} == {
-        "settings.json", "metrics.jsonl", "curve.png", "samples.md", "checkpoints",
+        "settings.json", "metrics.jsonl", "curve.png", "samples.jsonl", "samples.md", "samples.png", "checkpoints",
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("curve.png", "samples.png"))
+    assert all(set(line) == {"step", "val_loss", "exact_match", "anls"} for line in metrics(run) if "val_loss" in line)
     samples = (run / "samples.md").read_text()
     assert samples.count("## Step") == 3 and "| page | question | answer | expected |" in samples
     assert f"python infer.py --model {run}" in out and "trains" in out
@@ -144,14 +145,14 @@ def test_the_gradient_is_clipped_to_the_norm(fit, folder):
 
 @pytest.mark.parametrize("flags", [(), ("--train", "all", "--batch-pages", 2), ("--epochs", 2)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(fit, capsys, monkeypatch, flags):
-    common = (*flags, "--accumulate", 2, "--eval-every", 2, "--save-every", 2, "--lr", "1e-2", "--steps", 8)
+    common = (*flags, "--accumulate", 2, "--eval-every", 3, "--save-every", 2, "--lr", "1e-2", "--steps", 8)
     whole = fit("whole", *common)
     run = fit("run", *common)
     (run / "model.safetensors").unlink()                                # as if killed after step 5, checkpoint at step 4
     for checkpoint in sorted((run / "checkpoints").iterdir())[2:]:
         checkpoint.unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(lines[:8]) + "\n")
+    (run / "metrics.jsonl").write_text("\n".join(lines[:8]) + '\n{"step": 7, "tr')     # the last line cut short
     status, _, err = call(train, capsys, monkeypatch, "--resume", run)
     assert status == 0, err
     a, b = load_file(whole / "model.safetensors"), load_file(run / "model.safetensors")
@@ -159,6 +160,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(fit, capsys, monk
     def without_times(lines):
         return [{k: v for k, v in line.items() if k not in ("questions_per_second", "data_wait", "peak_gb")} for line in lines]
     assert without_times(metrics(whole)) == without_times(metrics(run))
+    assert (whole / "samples.md").read_text() == (run / "samples.md").read_text()
 
 
 def test_flags_beside_resume_override(fit, capsys, monkeypatch):
@@ -167,6 +169,36 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     assert status == 0 and [line["step"] for line in training(run)] == [1, 2, 3], err
     assert json.loads((run / "settings.json").read_text())["steps"] == 3
     assert "nothing to do" in refuses(train, capsys, monkeypatch, "--resume", run)
+    assert "not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--train", "llm")
+    assert "goes on in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
+    assert "nowhere: not found" in refuses(train, capsys, monkeypatch, "--resume", run, "--model", "nowhere")
+    assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
+
+
+def test_a_resumed_run_is_known_by_its_newest_weights(fit, capsys, monkeypatch):
+    run = fit("run", "--steps", 2, "--accumulate", 2, "--lr", "1e-2", "--eval-every", 0)
+    old = InternVL.from_pretrained(run, "cpu").state_dict()
+    monkeypatch.setattr(InternVL, "save_pretrained", lambda *_: None)                     # killed before the model is written
+    assert call(train, capsys, monkeypatch, "--resume", run, "--steps", 4)[0] == 0
+    new = InternVL.from_pretrained(run, "cpu").state_dict()
+    assert not torch.equal(old["projector.up.weight"], new["projector.up.weight"])
+    monkeypatch.undo()
+    assert call(train, capsys, monkeypatch, "--resume", run)[0] == 0                      # nothing is left but to write it
+    assert torch.equal(InternVL.from_pretrained(run / "model.safetensors", "cpu").state_dict()["projector.up.weight"],
+                       new["projector.up.weight"])
+
+
+def test_a_failed_start_leaves_the_folder_free(tmp_path, capsys, monkeypatch):
+    flags = "--tiny", "--from-scratch", "--steps", 1, "--accumulate", 1, "--eval-every", 0, "--out", tmp_path / "run"
+    assert "nowhere" in refuses(train, capsys, monkeypatch, *flags, "--model", "nowhere")
+    assert call(train, capsys, monkeypatch, *flags)[0] == 0
+
+
+def test_compiled_blocks_give_the_same_step(fit):
+    plain, compiled = (training(fit(name, *more, "--steps", 2, "--accumulate", 2, "--eval-every", 0))
+                       for name, more in (("plain", ()), ("compiled", ("--compile",))))
+    for a, b in zip(plain, compiled):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, monkeypatch):
@@ -202,8 +234,8 @@ def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, c
     status, out, err = call(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
                             "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
     assert status == 0, err
-    assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: 5/1: not a readable image" in err
-    assert "left out: 1 pages, 1 questions too long" in out
+    assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: cannot read it as an image" in err
+    assert "left out: 1 pages, 1 questions too long, 0 without an answer" in out
     assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
 
 
@@ -237,8 +269,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
 
 @pytest.mark.parametrize("flags, message", [
     (("--nonsense",), "unrecognized arguments: --nonsense"),
-    (("--accumulate", "0"), "0 is less than 1"),
-    (("--warmup", "2"), "2 is not between 0 and 1"),
+    (("--accumulate", "0"), "0 is not between 1 and"),
+    (("--warmup", "2"), "2.0 is not between 0 and 1"),
     (("--schedule", "wild"), "invalid choice: 'wild'"),
     (("--train", "projector,head"), "'head' is no part of the model; expected projector, llm, vision, or all"),
     (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
@@ -254,7 +286,8 @@ def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message)
 def test_a_folder_that_holds_a_run_is_not_overwritten(fit, capsys, monkeypatch, tmp_path):
     run = fit("run", "--steps", 1, "--accumulate", 1)
     before = (run / "settings.json").read_bytes()
-    assert "holds a run already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
+    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
+    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", TINY)
     assert (run / "settings.json").read_bytes() == before
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
@@ -285,3 +318,18 @@ def test_without_a_network_training_stops_with_one_line(tmp_path):
                    HF_HOME=str(tmp_path / "cache"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the Hub cannot be reached; connect to the network" in done.stderr.splitlines()[-1]
+
+
+def test_validation_scores_the_greedy_answers_of_every_question(tiny, monkeypatch):
+    from data import Examples
+    pages = list(gather(mixed_rows(3)))
+    pages[0].accepted[1] = ["nothing like it", pages[0].answers[1].upper() + " "]
+    told = iter([[*page.answers[:-1], "zzz"] for page in pages])            # right but for each page's last question
+    def answering(model, rows, longest):
+        ids = [tiny.tokenizer(text).input_ids for text in next(told)]
+        return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
+    monkeypatch.setattr(train, "generate", answering)
+    measures, answers = train.evaluate(tiny, [Examples(tiny, 4)[page] for page in pages])
+    questions = sum(len(page.questions) for page in pages)
+    assert len(answers) == questions and measures["exact_match"] == pytest.approx(1 - 3 / questions)
+    assert measures["anls"] == pytest.approx(1 - 3 / questions)

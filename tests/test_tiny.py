@@ -1,0 +1,78 @@
+"""Drawn pages are the same everywhere, their values are held out; the embedded model's files are what their makers write."""
+import io
+import itertools
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from model.checkpoint import TINY, load_tokenizer
+from model.tiling import choose_grid, tile_page
+from model.tiny import tokenizer as maker
+from model.tiny.pages import DOMAINS, FIELDS, READ, SHAPES, SyntheticRows, draw_page, glyph, held_out
+
+
+def rows(split, count=400, **more):
+    return list(itertools.islice(SyntheticRows(split, **more), count))
+
+
+def test_a_page_follows_from_its_seed_alone():
+    assert rows("train", 20) == rows("train", 20) != rows("train", 20, seed=1)
+    assert rows("validation", 20) != rows("test", 20)
+
+
+def test_no_value_of_a_validation_page_was_ever_trained_on():
+    trained = {row["answers"][0] for row in rows("train", 3000) if row["question"] != READ}
+    for split in ("validation", "test"):
+        assert trained.isdisjoint(row["answers"][0] for row in rows(split, 1000))
+    for draw_value in FIELDS.values():
+        kept = [held_out(draw_value(random.Random(i))) for i in range(2000)]
+        assert 0.03 < sum(kept) / 2000 < 0.25                                   # of every field some values are held out
+
+
+@pytest.mark.parametrize("shape, tiles", list(zip(SHAPES, (1, 3, 5))))
+def test_pages_are_cut_where_their_characters_end(shape, tiles):
+    page, _ = draw_page(random.Random(0), shape=shape)
+    assert choose_grid(*page.size, tile_pixels=128) == (shape[0] // 8, shape[1] // 8)
+    assert len(tile_page(page, tile_pixels=128)) == tiles
+
+
+def test_every_domain_looks_different_and_says_the_same():
+    pages = [draw_page(random.Random(3), domain) for domain in DOMAINS]
+    assert all(questions == pages[0][1] for _, questions in pages)
+    assert len({page.convert("RGB").tobytes() for page, _ in pages}) == len(DOMAINS)
+    mixed = {Image.open(io.BytesIO(row["image"]["bytes"])).mode for row in rows("train", 60, domains="plain,blueprint")}
+    assert mixed == {"L", "RGB"}
+
+
+def test_characters_can_be_told_apart():
+    characters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghiklmnoprstv0123456789$./:-"
+    for domain in DOMAINS:
+        assert len({glyph(character, domain).tobytes() for character in characters}) == len(characters)
+
+
+def test_the_whole_page_is_asked_for_in_training_only():
+    assert any(row["question"] == READ and len(row["answers"][0]) == 64 for row in rows("train"))
+    assert not any(row["question"] == READ for row in rows("validation"))
+
+
+def test_the_tokenizer_is_what_its_maker_writes():
+    assert json.loads((TINY / "tokenizer.json").read_text()) == json.loads(maker.build().to_str())
+    tokenizer = load_tokenizer(TINY)
+    assert len(tokenizer) == json.loads((TINY / "config.json").read_text())["llm_config"]["vocab_size"]
+    for text in ("$41.07", "Bolelo", "948-3381", "日期"):
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text         # one token a byte
+
+
+def test_pages_can_be_written_to_play_with(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "model.tiny.pages", str(tmp_path / "p"), "3", "--domain", "negative"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "p" / "questions.jsonl").read_text().splitlines()]
+    assert {line["images"][0] for line in lines} == {"0.png", "1.png", "2.png"} and all(line["answer"] for line in lines)
+    assert Image.open(tmp_path / "p" / "0.png").getpixel((0, 0)) == 0

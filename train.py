@@ -34,8 +34,8 @@ from model.tiling import read_image
 from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "llm", "vision")
-TINY = dict(model="tiny", data="synthetic", train=",".join(PARTS), from_scratch=True, accumulate=8, steps=200, lr=3e-3, warmup=0.05,
-            eval_every=50, eval_pages=32, device="cpu", workers=0)
+TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, lr=5e-3, warmup=0.05, eval_every=50, eval_pages=48,
+            device="cpu", workers=0)
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
 
@@ -268,8 +268,12 @@ def write_samples(folder, step, answers):
 
 
 def draw_samples(folder, pages):
-    """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth."""
+    """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth.
+
+    The first page is also saved on its own, page.png, to be asked.
+    """
     pyplot = plotting()
+    read_image(pages[0].image).save(folder / "page.png")
     samples = read_lines(folder / SAMPLES)
     before, after = samples[0], samples[-1]
     figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
@@ -307,6 +311,16 @@ def draw_curve(folder):
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
     pyplot.close(figure)
+
+
+def what_next(folder):
+    """What to look at and to type when a run has ended."""
+    samples = read_lines(folder / SAMPLES)
+    if not samples:
+        return f'next: python infer.py --model {folder} --image PAGE "QUESTION"'
+    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION)
+    return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
+            f'python infer.py --model {folder} --image {folder}/page.png "{question}"')
 
 
 def plotting():
@@ -465,7 +479,7 @@ def main():
     model.save_pretrained(folder)
     print(f"{step} steps, {state['questions']} questions; left out: {skips.pages} pages, {skips.questions} questions too long, "
           f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead")
-    print(f'next: python infer.py --model {folder} --image PAGE "What is the total?"')
+    print(what_next(folder))
 
 
 if __name__ == "__main__":

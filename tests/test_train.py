@@ -53,13 +53,13 @@ def training(run):
 
 def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--steps", 30, "--eval-every", 15, "--out", run)
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--steps", 60, "--eval-every", 30, "--eval-pages", 16, "--out", run)
     assert status == 0, err
     losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
     assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
-    assert all(set(line) == METRICS for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 31))
+    assert all(set(line) == METRICS for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 61))
     assert {file.name for file in run.iterdir()} == {
-        "settings.json", "metrics.jsonl", "curve.png", "samples.jsonl", "samples.md", "samples.png", "checkpoints",
+        "settings.json", "metrics.jsonl", "curve.png", "samples.jsonl", "samples.md", "samples.png", "page.png", "checkpoints",
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("curve.png", "samples.png"))
     assert all(set(line) == {"step", "val_loss", "exact_match", "anls"} for line in metrics(run) if "val_loss" in line)

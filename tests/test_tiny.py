@@ -76,3 +76,33 @@ def test_pages_can_be_written_to_play_with(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "p" / "questions.jsonl").read_text().splitlines()]
     assert {line["images"][0] for line in lines} == {"0.png", "1.png", "2.png"} and all(line["answer"] for line in lines)
     assert Image.open(tmp_path / "p" / "0.png").getpixel((0, 0)) == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_embedded_model_reads_and_does_not_guess(shape):
+    import bench_tiny
+    from model import InternVL
+    right, _, wrong, count = bench_tiny.score(InternVL.from_pretrained("tiny", "cpu"), "plain", shape, questions=60)
+    assert right >= 0.93 and wrong <= 0.05 and count >= 60
+
+
+def test_the_embedded_model_makes_nothing_of_other_domains():
+    import bench_tiny
+    from model import InternVL
+    model = InternVL.from_pretrained("tiny", "cpu")
+    assert all(bench_tiny.score(model, domain, None, questions=30)[0] <= 0.2 for domain in DOMAINS if domain != "plain")
+
+
+def test_a_trained_projector_reads_what_it_could_not(tmp_path, capsys, monkeypatch):
+    from commands import call, infer, train
+    run = tmp_path / "run"
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--domain", "bitmap", "--steps", 120, "--eval-every", 120,
+                            "--eval-pages", 16, "--out", run)
+    assert status == 0, err
+    first, last = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line)
+    assert first["exact_match"] <= 0.2 and last["exact_match"] >= 0.7 and last["val_loss"] < 0.3 * first["val_loss"]
+    command = out.splitlines()[-1]                                              # what the run's last line says to type
+    flags = command.removeprefix("python infer.py ").replace('"', "").split(maxsplit=4)
+    status, answer, err = call(infer, capsys, monkeypatch, *flags, "--device", "cpu")
+    expected = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["answers"][0]["answer"]
+    assert status == 0 and answer.strip() == expected, err

@@ -69,4 +69,5 @@ def wide(wide_folder):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch.compile
     config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create")     # more workers than cores, on purpose

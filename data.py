@@ -22,6 +22,7 @@ from model import InputError
 from model.prompt import Prompt, page_prompt
 from model.tiling import read_image, tile_page
 
+INSTRUCTION = " Answer the question using a single word or phrase."     # as in the official evaluation of DocVQA
 SYNTHETIC = "synthetic"
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
 
@@ -84,7 +85,7 @@ def count_rows(data, split):
     files = datasets.load_dataset_builder(name, config).config.data_files[split]
     try:
         return sum(parquet.read_metadata(fsspec.open(str(file)).open()).num_rows for file in files)
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise InputError(f"{data}: cannot read how many rows its files hold ({error}); mend them or, if they are no parquet, "
                          "say how long to train with --steps") from error
 
@@ -156,9 +157,6 @@ def add_row(page, row):
         page.accepted.append(answers)
     else:
         page.unanswered += 1
-
-
-INSTRUCTION = " Answer the question using a single word or phrase."     # as in the official evaluation of DocVQA
 
 
 def shuffled(pages, seed, buffer=SHUFFLE_PAGES):

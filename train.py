@@ -240,12 +240,14 @@ def evaluate(model, examples):
     total, tokens, answers = 0.0, 0, []
     for example in examples:
         page, tiles = example.page, example.tiles
-        total += model.loss(model.pack([(tiles, example.prompt)])).item()
+        batch = model.pack([(tiles, example.prompt)])
+        batch.image_tokens = model.see(batch.tiles)                     # seen once for the loss and for the answers
+        total += model.loss(batch).item()
         tokens += example.answer_tokens
         asked = [(q, a) for q, a in zip(page.questions, page.accepted) if q not in example.too_long]
         prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question for question, _ in asked])
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
-            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER)))
+            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER, image_tokens=batch.image_tokens)))
         for (question, accepted), ids in zip(asked, columns):
             answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
             answers.append({"page": page.name, "question": question, "answer": answer, "expected": accepted})

@@ -6,16 +6,19 @@ from model.prompt import END, special_id
 
 
 @torch.inference_mode()
-def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, image_tokens=None):
     """Answer every open question of some pages.
 
     `pages`: (tiles, prompt) pairs; a prompt of branch 0 alone is one question, else each branch is one.
     `temperature`: 0 takes the likeliest token; else tokens are drawn, from the likeliest ones that together have
-    probability `top_p`; every question draws from `seed` anew, so its answer does not depend on its company. Yields one list a step: for each question, pages in order, the id of its next token, or None once
-    it has ended; the end-of-turn token is the last one yielded.
+    probability `top_p`; every question draws from `seed` anew, so its answer does not depend on its company.
+    `image_tokens`: what `model.see` made of all tiles, (256 N, D), if that is known already.
+    Yields one list a step: for each question, pages in order, the id of its next token, or None once it has ended; the
+    end-of-turn token is the last one yielded.
     """
     end, device = special_id(model.tokenizer, END), model.device
     batch = model.pack(pages)
+    batch.image_tokens = image_tokens
     places, positions, branch_of, page_of, start = [], [], [], [], 0        # one entry a question
     for page, (_, prompt) in enumerate(pages):
         for branch in range(1 if max(prompt.branches) else 0, max(prompt.branches) + 1):

@@ -30,6 +30,7 @@ class Batch:
     answer_places: torch.Tensor         # int64 (A,): the tokens that predict a learned token,
     targets: torch.Tensor               # int64 (A,): and what they are to predict
     branches: list[torch.Tensor]        # int64, on the CPU, one tensor a page
+    image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles were seen already
 
 
 class InternVL(nn.Module):
@@ -103,7 +104,8 @@ class InternVL(nn.Module):
         """Read a batch -> (L, D), one vector a token. `caches`: one a page, filled on the way."""
         x = self.language.embedding(batch.ids).to(self.dtype)                   # (L, D)
         if len(batch.tiles):
-            x = x.index_copy(0, batch.image_places, self.see(batch.tiles))      # image tokens take their places
+            seen = self.see(batch.tiles) if batch.image_tokens is None else batch.image_tokens
+            x = x.index_copy(0, batch.image_places, seen)                       # image tokens take their places
         caches = caches or [None] * len(batch.branches)
         pages = [look_back(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
         return self.language(x, batch.positions, pages)

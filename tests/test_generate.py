@@ -108,6 +108,13 @@ def test_sampling_draws_from_the_likeliest_tokens_of_probability_top_p():
     assert (hot - 0.25).abs().max() < 0.03
 
 
+def test_answers_are_the_same_when_the_tiles_were_seen_before(tiny):
+    together, _ = pages_of(tiny, ["A?", "Which?"], 2)
+    with torch.no_grad():
+        seen = tiny.see(together[0])
+    assert answers(tiny, [together], 8, image_tokens=seen) == answers(tiny, [together], 8)
+
+
 def test_a_seed_gives_the_same_draw_again(tiny):
     together, _ = pages_of(tiny, ["A?", "B?"], 1)
     first = answers(tiny, [together], 8, temperature=1.0, seed=3)

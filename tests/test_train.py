@@ -325,11 +325,14 @@ def test_validation_scores_the_greedy_answers_of_every_question(tiny, monkeypatc
     pages = list(gather(mixed_rows(3)))
     pages[0].accepted[1] = ["nothing like it", pages[0].answers[1].upper() + " "]
     told = iter([[*page.answers[:-1], "zzz"] for page in pages])            # right but for each page's last question
-    def answering(model, rows, longest):
+    def answering(model, rows, longest, image_tokens):
         ids = [tiny.tokenizer(text).input_ids for text in next(told)]
         return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
     monkeypatch.setattr(train, "generate", answering)
+    seen = []
+    monkeypatch.setattr(InternVL, "see", lambda self, tiles, see=InternVL.see: seen.append(len(tiles)) or see(self, tiles))
     measures, answers = train.evaluate(tiny, [Examples(tiny, 4)[page] for page in pages])
+    assert len(seen) == len(pages)                                          # a page is seen once
     questions = sum(len(page.questions) for page in pages)
     assert len(answers) == questions and measures["exact_match"] == pytest.approx(1 - 3 / questions)
     assert measures["anls"] == pytest.approx(1 - 3 / questions)

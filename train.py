@@ -279,20 +279,22 @@ def draw_samples(folder, pages):
     samples = read_lines(folder / SAMPLES)
     before, after = samples[0], samples[-1]
     figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
-    columns = (0.0, "question"), (0.42, f"answer at step {before['step']}"), (0.63, f"at step {after['step']}"), (0.84, "truth")
+    columns = ((0.0, 34, "question"), (0.34, 20, f"answer at step {before['step']}"), (0.57, 20, f"at step {after['step']}"),
+               (0.8, 18, "truth"))                              # where a column begins, the characters it has room for
     for page, (left, right) in zip(pages, rows):
         left.imshow(read_image(page.image).convert("RGB"))
         left.set(xticks=[], yticks=[])
         right.axis("off")
         lines = [(a, b) for a, b in zip(before["answers"], after["answers"]) if a["page"] == page.name]
-        for x, text in columns:
+        for x, _, text in columns:
             right.text(x, 1, text, va="top", fontsize=8, color="grey")
         for i, (a, b) in enumerate(lines, 1):
             y = 1 - i / (len(lines) + 1)
             cells = a["question"].removesuffix(INSTRUCTION), a["answer"], b["answer"], a["expected"][0]
             colors = "black", *("green" if exact_match(line["answer"], line["expected"]) else "red" for line in (a, b)), "black"
-            for (x, _), text, color in zip(columns, cells, colors):
-                right.text(x, y, text if len(text) <= 28 else text[:27] + "…", va="top", fontsize=10, color=color, parse_math=False)
+            for (x, room, _), text, color in zip(columns, cells, colors):
+                shown = text if len(text) <= room else text[:room - 1] + "…"
+                right.text(x, y, shown, va="top", fontsize=9, color=color, parse_math=False)
     with warnings.catch_warnings(action="ignore"):              # characters that the font lacks: samples.md has them all
         figure.savefig(folder / "samples.png", dpi=110)
     pyplot.close(figure)

@@ -147,9 +147,10 @@ def image_bytes(row):
 
 def add_row(page, row):
     """Add a row's question and its answers, the first to be learned as written, to its page."""
-    answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"]
+    answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"] or []
+    answers = [answer for answer in answers if answer is not None]
     page.rows += 1
-    if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers or []):
+    if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; expected text and a list of texts")
     if row["question"] and answers and answers[0]:
         page.questions.append(row["question"] + ("" if row.get("as_written") else INSTRUCTION))

@@ -2,7 +2,7 @@
 import io
 import random
 
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from model.tiny.pages import draw_page
 

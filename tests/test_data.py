@@ -80,10 +80,10 @@ def test_pages_are_told_apart_by_their_image_where_there_are_no_numbers():
 
 def test_the_first_answer_is_learned_as_written():
     rows = [row("a", "what is the pH of BHT") | {"answers": ["pH 7 of bht", "PH 7"]}, row("a", "none") | {"answers": []},
-            row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}]
+            row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}, row("a", "hollow") | {"answers": [None]}]
     [page] = gather(rows)
     assert page.questions == ["what is the pH of BHT Answer the question using a single word or phrase."]
-    assert page.answers == ["pH 7 of bht"] and page.unanswered == 3 and page.rows == 4
+    assert page.answers == ["pH 7 of bht"] and page.unanswered == 4 and page.rows == 5
 
 
 def test_shuffling_loses_nothing_and_depends_on_the_seed_alone():

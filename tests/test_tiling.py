@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil, get_optimal_tiled_canvas
 
-from conftest import SHARED, real
+from conftest import real
 from model import InputError
 from model.tiling import choose_grid, read_image, tile_page
 from model.vision import DEVIATION, MEAN, normalise

@@ -19,18 +19,18 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     end, device = special_id(model.tokenizer, END), model.device
     batch = model.pack(pages)
     batch.image_tokens = image_tokens
-    places, positions, branch_of, page_of, start = [], [], [], [], 0        # one entry a question
+    places, positions, branch_of, page_of = [], [], [], []                  # one entry a question
     for page, (_, prompt) in enumerate(pages):
         for branch in range(1 if max(prompt.branches) else 0, max(prompt.branches) + 1):
             last = len(prompt.branches) - 1 - prompt.branches[::-1].index(branch)
-            places.append(start + last)
+            places.append(last)
             positions.append(prompt.positions[last])
             branch_of.append(branch)
             page_of.append(page)
-        start += len(prompt.ids)
     caches = [Cache(model.config.language, len(prompt.ids) + page_of.count(page) * max_new_tokens, device, model.dtype)
               for page, (_, prompt) in enumerate(pages)]
-    hidden = model.read(batch, caches)[places]                              # (questions, D)
+    asked = [torch.tensor([place for place, of in zip(places, page_of) if of == page], dtype=torch.long) for page in range(len(pages))]
+    hidden = model.read(batch, caches, asked)                               # (questions, D)
     open_questions = list(range(len(places)))
     generators = [torch.Generator(device).manual_seed(seed) for _ in places] if temperature else places
     for _ in range(max_new_tokens):

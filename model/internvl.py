@@ -6,6 +6,7 @@
 
 Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; FACTS: "Embedding replacement".
 """
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from model.projector import Projector
 from model.prompt import IMAGE_TOKEN, NOT_LEARNED, special_id
 from model.vision import VisionEncoder
 
+VISION_TILES = 16                       # 16,400 rows of 1024: enough to fill a large GPU, 0.3 GB of activations in bfloat16
+
 
 @dataclass
 class Batch:
@@ -27,8 +30,8 @@ class Batch:
     ids: torch.Tensor                   # int64 (L,)
     positions: torch.Tensor             # int64 (L,), from 0 in every page
     image_places: torch.Tensor          # int64 (256 N,): where in the row the image tokens go
-    answer_places: torch.Tensor         # int64 (A,): the tokens that predict a learned token,
-    targets: torch.Tensor               # int64 (A,): and what they are to predict
+    targets: torch.Tensor               # int64 (A,): what is learned
+    answer_places: list[torch.Tensor]   # int64, on the CPU, one tensor a page: where in the page it is predicted
     branches: list[torch.Tensor]        # int64, on the CPU, one tensor a page
     image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles were seen already
 
@@ -74,7 +77,7 @@ class InternVL(nn.Module):
         tiles do not agree, so that neither is ever cut to fit the other.
         """
         image_id, device, start = special_id(self.tokenizer, IMAGE_TOKEN), self.device, 0
-        row = {name: [] for name in ("ids", "positions", "image_places", "answer_places", "targets")}
+        row, answer_places = {name: [] for name in ("ids", "positions", "image_places", "targets")}, []
         for tiles, prompt in pages:
             image_places = [start + i for i, token in enumerate(prompt.ids) if token == image_id]
             if len(image_places) != len(tiles) * self.config.tokens_per_tile:
@@ -84,31 +87,39 @@ class InternVL(nn.Module):
             row["ids"] += prompt.ids
             row["positions"] += prompt.positions
             row["image_places"] += image_places
-            row["answer_places"] += [start + i - 1 for i in learned]    # a token is predicted by the one before it,
-            row["targets"] += [prompt.labels[i] for i in learned]       # which is of its branch: no branch begins learned
+            row["targets"] += [prompt.labels[i] for i in learned]       # a token is predicted by the one before it,
+            answer_places.append(torch.tensor(learned, dtype=torch.long) - 1)   # which is of its branch: none begins learned
             start += len(prompt.ids)
         size = self.config.vision.tile_pixels
         tiles = [torch.as_tensor(tiles).to(device, non_blocking=True) for tiles, _ in pages if len(tiles)]
         return Batch(tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8, device=device),
-                     branches=[torch.tensor(prompt.branches) for _, prompt in pages],
+                     branches=[torch.tensor(prompt.branches) for _, prompt in pages], answer_places=answer_places,
                      **{name: torch.tensor(column, dtype=torch.long, device=device) for name, column in row.items()})
 
     def see(self, tiles):
-        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D)."""
+        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D). `VISION_TILES` at a time, which bounds the memory."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = self.vision(tiles, self.dtype)                            # (N, 1024, 1024)
+            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])      # (N, 1024, 1024)
         return self.projector(patches).flatten(0, 1)                            # (N, 256, D) -> (256 N, D)
 
-    def read(self, batch, caches=None):
-        """Read a batch -> (L, D), one vector a token. `caches`: one a page, filled on the way."""
+    def read(self, batch, caches=None, places=None):
+        """Read a batch -> (L, D), one vector a token. `caches`: one a page, filled on the way.
+
+        `places`: int64 on the CPU, one tensor a page: the tokens whose vectors are wanted, (A, D) in all; None: every one.
+        """
         x = self.language.embedding(batch.ids).to(self.dtype)                   # (L, D)
         if len(batch.tiles):
             seen = self.see(batch.tiles) if batch.image_tokens is None else batch.image_tokens
             x = x.index_copy(0, batch.image_places, seen)                       # image tokens take their places
         caches = caches or [None] * len(batch.branches)
         pages = [look_back(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
-        return self.language(x, batch.positions, pages)
+        if places is None:
+            return self.language(x, batch.positions, pages)
+        starts = itertools.accumulate((len(branches) for branches in batch.branches), initial=0)
+        rows = torch.cat([start + wanted for start, wanted in zip(starts, places)]).to(x.device, non_blocking=True)
+        last_pages = [look_back(*page, x.device, wanted) for *page, wanted in zip(batch.branches, caches, places)]
+        return self.language(x, batch.positions, pages, rows, last_pages)
 
     def loss(self, batch):
         """Sum, in float32, of the answer tokens' negative log-likelihood; divide by their number where it is known.
@@ -116,7 +127,7 @@ class InternVL(nn.Module):
         The head runs only where there is something to learn: (A, V) logits instead of (L, V), 0.02 GB instead of 2 for
         four short answers on a page of 3,382 tokens.
         """
-        logits = self.language.head(self.read(batch)[batch.answer_places])      # (A, V)
+        logits = self.language.head(self.read(batch, places=batch.answer_places))       # (A, V)
         return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 

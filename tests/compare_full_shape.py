@@ -50,7 +50,7 @@ def main():
     print(f"ours: forward and backward {time.perf_counter() - started:.1f} s, peak {peak_gb() - loaded:.1f} GB above the weights, loss {loss:.6f}")
     batch = model.pack([(example.tiles, example.prompt)])
     with torch.no_grad():
-        ours = model.language.head(model.read(batch)[batch.answer_places])
+        ours = model.language.head(model.read(batch, places=batch.answer_places))
 
     reference = reference_model(model).requires_grad_(False)
     reference.model.multi_modal_projector.requires_grad_(True)

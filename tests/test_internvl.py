@@ -49,7 +49,7 @@ def test_logits_loss_and_gradients_equal_the_reference_at_1b_widths(wide, source
     choose_parts(model, "projector")
     for example in examples_of(model, rows, pages=1, max_tiles=tiles):
         batch = model.pack([(example.tiles, example.prompt)])
-        ours = model.language.head(model.read(batch)[batch.answer_places]).detach()
+        ours = model.language.head(model.read(batch, places=batch.answer_places)).detach()
         loss = accumulate_gradients(model, [example], 1).item()
         expected_loss, expected = reference_loss(reference, model, example, example.answer_tokens)
         assert (ours - expected).abs().max() < 1e-3
@@ -73,7 +73,7 @@ def double(tiny):
 def gradient(model, pages):
     """(loss sum, projector gradient as one vector) of some (tiles, prompt) pages in one row."""
     model.zero_grad()
-    loss = model.language.head(model.read(batch := model.pack(pages))[batch.answer_places])
+    loss = model.language.head(model.read(batch := model.pack(pages), places=batch.answer_places))
     loss = F.cross_entropy(loss, batch.targets, reduction="sum")                    # model.loss is float32 here
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.projector.parameters()])

@@ -84,3 +84,20 @@ def test_a_row_costs_no_square_mask():
 def test_parameters_are_629663872():
     with torch.device("meta"):
         assert sum(p.numel() for p in Decoder(LanguageConfig()).parameters()) == 629_663_872
+
+
+def test_the_last_layer_computes_only_what_is_asked_for(decoder):
+    prefix, lengths = 11, (4, 1, 7)
+    branches = torch.cat([torch.zeros(prefix, dtype=torch.long), *(torch.full((n,), i) for i, n in enumerate(lengths, 1))])
+    positions = torch.cat([torch.arange(prefix), *(prefix + torch.arange(n) for n in lengths)])
+    x = decoder.embedding(torch.randint(99, (2 * len(branches),))).requires_grad_(True)
+    both, pages = torch.cat([positions, positions]), [look_back(branches), look_back(branches)]
+    asked = [torch.tensor([3, 12, 13, 22]), torch.tensor([10, 15])]             # of the prefix and of branches, in any order
+    rows = torch.cat([asked[0], len(branches) + asked[1]])
+    whole = decoder(x, both, pages)[rows]
+    only = decoder(x, both, pages, rows, [look_back(branches, places=places) for places in asked])
+    torch.testing.assert_close(only, whole, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(whole)
+    expected, = torch.autograd.grad((whole * weights).sum(), x)
+    found, = torch.autograd.grad((only * weights).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -28,6 +28,19 @@ def read_image(source, name="it"):
         raise InputError(f"cannot read {name} as an image ({error or type(error).__name__})") from error
 
 
+def grey_if_it_is(image):
+    """A page as one channel (L) where all three would be equal, else as RGB.
+
+    Most scans are grey, whatever they are stored as. Pillow resizes channels independently, so one channel, repeated when it
+    is cut, gives the same bytes at a third of the work.
+    """
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    image = image.convert("RGB")
+    red, green, blue = image.split()
+    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+
+
 @lru_cache
 def grids(max_tiles):
     """All (columns, rows) with at most `max_tiles` cells, smallest area first."""
@@ -58,9 +71,7 @@ def tile_page(image, max_tiles=12, tile_pixels=448, thumbnail=True):
     `image`: Pillow image of any mode and size. `max_tiles`: most tiles of the grid, thumbnail not counted.
     Returns uint8 (tiles, 3, tile_pixels, tile_pixels), RGB, row by row, the thumbnail last if there is more than one tile.
     """
-    # Grey scans are resized as one channel and repeated at the end: Pillow resizes channels independently, so the bytes are
-    # the same, at a third of the work.
-    image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    image = grey_if_it_is(image)
     columns, rows = choose_grid(*image.size, max_tiles, tile_pixels)
     whole = image.resize((columns * tile_pixels, rows * tile_pixels), Image.Resampling.BICUBIC)
     pixels = np.asarray(whole).reshape(rows * tile_pixels, columns * tile_pixels, -1)

@@ -112,3 +112,15 @@ def test_unreadable_images_are_refused_in_one_line(tmp_path):
             read_image(bad, "page 7")
     with pytest.raises(InputError, match="nowhere.png"):
         read_image(tmp_path / "nowhere.png", "nowhere.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_a_grey_page_in_any_mode_is_cut_as_one_channel_with_equal_bytes(mode, monkeypatch):
+    grey = Image.effect_noise((900, 700), 80)
+    page = grey.convert("RGB").convert(mode)
+    cut = tile_page(page)
+    monkeypatch.setattr("model.tiling.grey_if_it_is", lambda image: image.convert("RGB"))
+    assert (cut == tile_page(page)).all()
+    tinted = Image.merge("RGB", (grey, grey, grey.point(lambda value: value ^ (value == 7))))
+    monkeypatch.undo()
+    assert (tile_page(tinted)[:, 2] != tile_page(tinted)[:, 0]).any()               # one other value is enough to be a colour

@@ -1,0 +1,92 @@
+"""How many pages a second does one core decode, tile and tokenise? Ours beside the usual path, interleaved, and the same bytes.
+
+    python tests/bench_data.py [--passes 5] [--image SCAN.png]
+
+The usual path: Pillow to RGB, resize, one crop a tile, float32, normalise on the host. The page is text with scan noise, 1700 x 2200
+pixels, letter size at 200 dpi: 12 tiles and a thumbnail. Not collected by pytest.
+"""
+import argparse
+import io
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from data import Examples, Page
+from model import InternVL
+from model.tiling import choose_grid, read_image
+from model.vision import DEVIATION, MEAN, normalise
+
+
+def scan(width=1700, height=2200):
+    """A grey page of text with noise."""
+    draw, page = random.Random(0), Image.new("L", (width, height), 235)
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=28)
+    for y in range(80, height - 80, 44):
+        pen.text((100, y), " ".join("".join(draw.choices("abcdefghiklmnoprstuvw0123456789", k=draw.randint(2, 9))) for _ in range(14)),
+                 fill=draw.randint(0, 70), font=font)
+    noise = np.random.default_rng(0).normal(0, 6, (height, width))
+    return Image.fromarray((np.asarray(page) + noise).clip(0, 255).astype(np.uint8))
+
+
+def encoded(page):
+    """{kind of file: its bytes}."""
+    kinds = {"PNG, grey": (page, "PNG"), "PNG, grey stored as RGB": (page.convert("RGB"), "PNG"), "PNG, 1 bit": (page.convert("1"), "PNG"),
+             "JPEG, grey": (page, "JPEG"), "JPEG, grey stored as RGB": (page.convert("RGB"), "JPEG"),
+             "PNG, colour": (Image.merge("RGB", (page, page.point(lambda v: v * 3 // 4), page)), "PNG")}
+    files = {}
+    for kind, (image, suffix) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, suffix)
+        files[kind] = file.getvalue()
+    return files
+
+
+def usual(data):
+    """The usual path -> float32 (n, 3, 448, 448), normalised."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    columns, rows = choose_grid(*image.size)
+    whole = image.resize((columns * 448, rows * 448), Image.Resampling.BICUBIC)
+    tiles = [whole.crop((x * 448, y * 448, (x + 1) * 448, (y + 1) * 448)) for y in range(rows) for x in range(columns)]
+    tiles.append(image.resize((448, 448), Image.Resampling.BICUBIC))
+    mean, deviation = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
+    return torch.stack([(torch.from_numpy(np.asarray(tile).transpose(2, 0, 1).copy()).float() / 255 - mean) / deviation for tile in tiles])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--image", help="an image file of your own")
+    settings = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"one core of {platform.processor() or platform.machine()}; torch {torch.__version__}, Pillow {PIL.__version__}; {time.strftime('%Y-%m-%d')}\n")
+    model = InternVL.from_pretrained("tiny", "cpu")
+    examples = Examples(model)
+    examples.config = type(model.config)()                      # tiles and tokens of InternVL2-1B
+    files = {settings.image: Path(settings.image).read_bytes()} if settings.image else encoded(scan())
+    print("| file | decode ms | usual ms | ours ms | ours, pages/s | times | bytes equal | MB handed on |\n|---|---|---|---|---|---|---|---|")
+    for kind, data in files.items():
+        page = Page("page", data, ["What is the total amount?"] * 4, ["$41.07"] * 4)
+        seconds = {read_image: [], usual: [], examples.__getitem__: []}
+        for _ in range(settings.passes):
+            for work, times in seconds.items():
+                started = time.perf_counter()
+                work(page if work == examples.__getitem__ else data)
+                times.append(time.perf_counter() - started)
+        decode, plain, ours = (min(times) for times in seconds.values())
+        tiles = examples[page].tiles
+        equal = torch.equal(normalise(tiles, torch.float32), usual(data)) if len(tiles) > 1 else "one tile: not compared"
+        print(f"| {kind} | {decode * 1e3:.0f} | {plain * 1e3:.0f} | {ours * 1e3:.0f} | {1 / ours:.1f} | {sum(seconds[usual]) / sum(seconds[examples.__getitem__]):.1f} "
+              f"| {equal} | {tiles.nbytes / 1e6:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

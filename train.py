@@ -28,6 +28,7 @@ from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_che
                               save_checkpoint)
 from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
+from model.memory import peak_gb, step_gb
 from model.prompt import page_prompt
 from model.score import anls, exact_match
 from model.tiling import read_image
@@ -345,16 +346,6 @@ def keep_until(path, step):
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def peak_gb(device):
-    """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
 
 def load_model(settings):
@@ -395,6 +386,9 @@ def main():
 
     # the model and its data, then where the run stands
     model = load_model(settings)
+    needed = step_gb(model, settings.max_tiles, settings.batch_pages)
+    print(f"memory that a step of pages of {settings.max_tiles} tiles needs: {sum(needed.values()):.1f} GB ("
+          + ", ".join(f"{what} {gb:.1f}" for what, gb in needed.items()) + ")")
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     rows = open_rows(settings.data, "train", settings.seed, settings.domain)
@@ -482,7 +476,8 @@ def main():
     save()
     model.save_pretrained(folder)
     print(f"{step} steps, {state['questions']} questions; left out: {skips.pages} pages, {skips.questions} questions too long, "
-          f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead")
+          f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead; "
+          f"most memory held: {peak_gb(settings.device):.1f} GB")
     print(what_next(folder))
 
 

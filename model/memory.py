@@ -1,0 +1,62 @@
+"""Does it fit? What a training step holds in memory, known before the first one.
+
+    weights, held already  +  gradients and AdamW's two moments of what trains  +  what autograd keeps for the backward pass
+
+The last is by far the most and grows with the tokens of a micro-batch. It is counted, not derived: autograd is asked what it
+saves for a page of one tile and for one of two, and the difference is what every further tile costs.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+from model.prompt import page_prompt
+
+QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4      # about a page of DocumentVQA
+
+
+def peak_gb(device):
+    """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def held_gb(device):
+    """Memory held now, in GB; where the system does not tell, the most so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device) / 1e9
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * 4096 / 1e9 if pages.exists() else peak_gb(device)
+
+
+def saved_gb(model, tiles):
+    """What autograd keeps of one forward pass over a page of so many tiles, in GB; parameters are not counted."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()        # several saved tensors may be views of one storage
+        return tensor.detach()                                  # the tensor itself would keep its own graph alive for ever
+
+    size = model.config.vision.tile_pixels
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles], [QUESTION] * QUESTIONS, [ANSWER] * QUESTIONS)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)]))
+    del loss                                                    # alive until here, so no storage was counted twice or reused
+    return sum(saved.values()) / 1e9
+
+
+def step_gb(model, max_tiles, batch_pages):
+    """{what: GB} that a training step will hold when every page of a micro-batch has all its tiles, and a few questions."""
+    tiles = max_tiles + (model.config.thumbnail and max_tiles > 1)
+    held = held_gb(str(model.device))
+    one, two = saved_gb(model, 1), saved_gb(model, 2)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"held": held, "gradients and optimizer": 12 * trained / 1e9,        # float32: one gradient, two moments
+            "activations": batch_pages * (one + (tiles - 1) * (two - one))}

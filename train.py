@@ -387,8 +387,8 @@ def main():
     # the model and its data, then where the run stands
     model = load_model(settings)
     needed = step_gb(model, settings.max_tiles, settings.batch_pages)
-    print(f"memory that a step of pages of {settings.max_tiles} tiles needs: {sum(needed.values()):.1f} GB ("
-          + ", ".join(f"{what} {gb:.1f}" for what, gb in needed.items()) + ")")
+    print(f"memory that a step of pages of {settings.max_tiles} tiles needs: {sum(needed.values()):.2f} GB ("
+          + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     rows = open_rows(settings.data, "train", settings.seed, settings.domain)
@@ -477,7 +477,7 @@ def main():
     model.save_pretrained(folder)
     print(f"{step} steps, {state['questions']} questions; left out: {skips.pages} pages, {skips.questions} questions too long, "
           f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead; "
-          f"most memory held: {peak_gb(settings.device):.1f} GB")
+          f"most memory held: {peak_gb(settings.device):.2f} GB")
     print(what_next(folder))
 
 

@@ -133,7 +133,8 @@ class Theirs:
             parameter.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay,
                                            fused=settings.device.startswith("cuda"))
-        self.rows = prompts(model, pages, apart=True)
+        pixels = {id(tiles): reference_pixels(tiles) for tiles, _ in pages}         # its loader would have made them
+        self.rows = [(pixels[id(tiles)], prompt) for tiles, prompt in prompts(model, pages, apart=True)]
         self.size = settings.their_rows or len(pages[0][1])
 
     def step(self):
@@ -143,7 +144,7 @@ class Theirs:
             rows = self.rows[i:i + self.size]
             ids, labels, mask = (torch.nn.utils.rnn.pad_sequence([torch.tensor(of(prompt)) for _, prompt in rows], True, pad).to(device)
                                  for of, pad in ((lambda p: p.ids, 0), (lambda p: p.labels, NOT_LEARNED), (lambda p: [1] * len(p.ids), 0)))
-            pixels = reference_pixels(torch.cat([tiles for tiles, _ in rows])).to(device, self.reference.dtype)
+            pixels = torch.cat([pixels for pixels, _ in rows]).to(device, self.reference.dtype)
             logits = self.reference(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / tokens
             loss.backward()

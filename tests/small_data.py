@@ -2,8 +2,6 @@
 import io
 import random
 
-from PIL import ImageFont
-
 from model.tiny.pages import draw_page
 
 
@@ -15,7 +13,7 @@ def png(image):
 
 def page_rows(page, seed=0, questions=None):
     """The rows of one drawn page, in zhangfaen/DocumentVQA's columns."""
-    image, asked = draw_page(random.Random(f"{seed} {page}"), ImageFont.load_default(size=15))
+    image, asked = draw_page(random.Random(f"{seed} {page}"))
     return [{"questionId": page * 100 + i, "question": question, "image": {"bytes": png(image), "path": f"{page}.png"},
              "docId": page, "ucsf_document_id": f"doc{page}", "ucsf_document_page_no": "1", "answers": [answer]}
             for i, (question, answer) in enumerate(asked[:questions])]

@@ -5,7 +5,6 @@ import random
 import threading
 
 import pytest
-from PIL import ImageFont
 
 from commands import call, infer, refuses
 from model.generate import generate
@@ -24,7 +23,7 @@ def folder(tiny, tmp_path):
 def page(tmp_path):
     """A drawn page of 2 x 2 tiles in a file."""
     for seed in range(99):
-        image, _ = draw_page(random.Random(seed), ImageFont.load_default(size=15))
+        image, _ = draw_page(random.Random(seed))
         if image.size == (256, 256):
             image.save(tmp_path / "page.png")
             return tmp_path / "page.png"

@@ -1,11 +1,15 @@
 """Greedy answers are the reference's, token by token; questions answered together are answered as if alone."""
+import random
+
 import pytest
 import torch
 
 from conftest import SHARED, real
+from model import InternVL
 from model.generate import choose, generate
 from model.prompt import conversation_prompt, page_prompt
 from model.tiling import read_image, tile_page
+from model.tiny.pages import SHAPES, draw_page
 from reference import reference_model, reference_pixels
 
 
@@ -125,3 +129,22 @@ def test_a_seed_gives_the_same_draw_again(tiny):
 def test_a_drawn_answer_does_not_depend_on_its_company(tiny):
     together, alone = pages_of(tiny, ["A?", "Which?", "And B?"], 1)
     assert answers(tiny, [together], 8, temperature=1.0, seed=5) == [answers(tiny, [page], 8, temperature=1.0, seed=5)[0] for page in alone]
+
+
+def test_a_model_that_reads_answers_like_the_reference_rightly_and_ends():
+    """With trained weights an answer has a meaning and an end; each of several pages' questions is right and its own."""
+    model = InternVL.from_pretrained("tiny", "cpu")
+    reference, pages, truths = reference_model(model), [], []
+    for seed, shape in enumerate(SHAPES):
+        page, asked = draw_page(random.Random(f"test {seed}"), shape=shape)
+        tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
+        pages.append((tiles, page_prompt(model.tokenizer, 64, [len(tiles)], [question for question, _ in asked])[0]))
+        truths += [truth for _, truth in asked]
+        for question, truth in asked[:2]:
+            alone = page_prompt(model.tokenizer, 64, [len(tiles)], [question])[0]
+            expected = reference_answer(reference, model, tiles, alone, 16)
+            assert answers(model, [(tiles, alone)], 16) == [expected] and expected[-1] == model.tokenizer.eos_token_id
+    found = answers(model, pages, 16)
+    texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    assert sum(text == truth for text, truth in zip(texts, truths)) >= len(truths) - 1 and len(truths) > 8
+    assert all(tokens[-1] == model.tokenizer.eos_token_id for tokens in found)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,7 +14,7 @@ from conftest import ROOT
 from model.checkpoint import TINY, load_tokenizer
 from model.tiling import choose_grid, tile_page
 from model.tiny import tokenizer as maker
-from model.tiny.pages import DOMAINS, FIELDS, READ, SHAPES, SyntheticRows, draw_page, glyph, held_out
+from model.tiny.pages import DOMAINS, FIELDS, LOOSE, READ, SHAPES, SyntheticRows, draw_page, glyph, held_out
 
 
 def rows(split, count=400, **more):
@@ -106,3 +107,15 @@ def test_a_trained_projector_reads_what_it_could_not(tmp_path, capsys, monkeypat
     status, answer, err = call(infer, capsys, monkeypatch, *flags, "--device", "cpu")
     expected = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])["answers"][0]["answer"]
     assert status == 0 and answer.strip() == expected, err
+
+
+@pytest.mark.parametrize("domain", LOOSE)
+def test_blocks_off_the_grid_stay_on_the_page_and_apart(domain):
+    for seed in range(40):
+        page, questions = draw_page(random.Random(seed), domain, unseen=False)
+        ink = np.asarray(page) < 128
+        assert not ink[:, -1].any() and ink.any() and len(questions) >= 3
+        offsets = {(x % 16, y % 16) for y, x in np.argwhere(ink)}
+        assert len(offsets) > 100                                               # no cell's border is kept free
+        plain, _ = draw_page(random.Random(seed), "plain", unseen=False)
+        assert 0.4 < ink.sum() / (np.asarray(plain) < 128).sum() < 1.3          # nothing is cut off or drawn over

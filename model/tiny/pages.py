@@ -60,13 +60,13 @@ def held_out(value):
 
 
 def write_page(draw, shape, unseen):
-    """Words on a page: ({(column, row): character}, [(question, answer), ...])."""
+    """Words on a page: ([(column, row, lines of text), ...], [(question, answer), ...])."""
     columns, rows = shape
-    cells, questions = {}, []
+    blocks, questions = [], []
     title = draw.choice(list(KINDS))
     first_row = 0
     if rows > 8:                                                # large pages have a title
-        cells |= {(i, 0): character for i, character in enumerate(title)}
+        blocks.append((0, 0, [title]))
         first_row = 2
     slots = list(itertools.product(range(0, columns, 8), range(first_row, rows, 2)))
     labels = draw.sample(KINDS[title], min(len(slots), draw.randint(3, 6)))
@@ -74,10 +74,9 @@ def write_page(draw, shape, unseen):
         value = FIELDS[label](draw)
         while held_out(value) != unseen:
             value = FIELDS[label](draw)
-        for i, text in enumerate((label.upper(), value)):
-            cells |= {(column + j, row + i): character for j, character in enumerate(text)}
+        blocks.append((column, row, [label.upper(), value]))
         questions.append((f"What is the {label}?", value))
-    return cells, questions
+    return blocks, questions
 
 
 # ------------------------------------------------------------------------------------------------------ what it looks like
@@ -103,19 +102,48 @@ FINISH = {                                                      # domains that c
     "negative": ImageOps.invert,
     "blueprint": lambda page: ImageOps.colorize(page, (214, 228, 255), (24, 58, 140)),
 }
-DOMAINS = ("plain", "negative", "bitmap", "mirrored", "slanted", "blueprint")
+LOOSE = ("moved", "spaced", "printed")                         # domains off the grid: see `scatter`
+DOMAINS = ("plain", "negative", "bitmap", "mirrored", "slanted", "blueprint", *LOOSE)
 
 
 def draw_page(draw, domain="plain", shape=None, unseen=True):
     """One document -> (Pillow image, [(question, answer), ...]). `draw`: a random.Random; `unseen`: its values are held out."""
     shape = shape or draw.choice(SHAPES)
-    cells, questions = write_page(draw, shape, unseen)
+    blocks, questions = write_page(draw, shape, unseen)
     page = Image.new("L", (shape[0] * CELL, shape[1] * CELL), 255)
-    for (column, row), character in cells.items():
-        page.paste(glyph(character, domain), (column * CELL, row * CELL))
+    lines = {row + i: text for _, row, texts in blocks for i, text in enumerate(texts)}
     if not unseen and shape == SHAPES[0]:
-        questions.append((READ, "".join(cells.get((i % 8, i // 8), " ") for i in range(64))))
+        rows = sorted(lines) if domain in LOOSE else range(shape[1])
+        questions.append((READ, "".join(lines.get(row, "").ljust(8) for row in rows)))
+    if domain in LOOSE:
+        scatter(draw, page, blocks, domain)
+    else:
+        for column, row, texts in blocks:
+            for i, text in enumerate(texts):
+                for j, character in enumerate(text):
+                    page.paste(glyph(character, domain), ((column + j) * CELL, (row + i) * CELL))
     return FINISH.get(domain, lambda image: image)(page), questions
+
+
+def scatter(draw, page, blocks, domain):
+    """Set each block anywhere in its column of 8 cells: cells as they were if `moved`, cells of 12 to 16 pixels if `spaced`,
+    letters as wide as they are if `printed`."""
+    pen, printed = ImageDraw.Draw(page), domain == "printed"
+    for left in range(0, page.width, 8 * CELL):
+        column = sorted((row, texts) for x, row, texts in blocks if x * CELL == left)
+        sizes = [15 if domain == "moved" else draw.randint(11, 15) for _ in column]
+        free = page.height - sum((size + 1) * len(texts) for size, (_, texts) in zip(sizes, column))
+        y = last = 0
+        for size, (_, texts), gap in zip(sizes, column, sorted(draw.randint(0, free) for _ in column)):
+            font = ImageFont.load_default(size=size)
+            y, last = y + gap - last, gap
+            width = max(int(font.getlength(text)) + 1 if printed else (size + 1) * len(text) for text in texts)
+            x = left + draw.randint(0, 8 * CELL - width)
+            for text in texts:
+                for j, piece in enumerate([text] if printed else text):
+                    place = x if printed else x + (j + 0.5) * (size + 1)
+                    pen.text((place, y + 0.8 * size), piece, fill=0, font=font, anchor="ls" if printed else "ms")
+                y += size + 1
 
 
 class SyntheticRows:

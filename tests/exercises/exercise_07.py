@@ -1,0 +1,35 @@
+"""7. What is one token chosen after another with a cache?
+
+Answer a question with the embedded model: read the prompt once, then one token at a time, each of which sees the keys and
+values of all before it.
+
+Hint: `model.read(batch, [cache])` fills a `Cache`. A next token needs its embedding, its position, and `look_back` with the
+cache; `model.language` makes a vector of it and `model.language.head` the logits. See `generate` in model/generate.py.
+"""
+import torch
+
+from model.language import Cache, look_back     # noqa: F401: you will want them
+
+
+@torch.no_grad()
+def answer(model, tiles, prompt, most=16):
+    """Greedy tokens up to and with the end-of-turn token, model.tokenizer.eos_token_id."""
+    raise NotImplementedError("write me")
+
+
+def test_the_answer_is_right():
+    import random
+
+    from model import InternVL
+    from model.generate import generate
+    from model.prompt import page_prompt
+    from model.tiling import tile_page
+    from model.tiny.pages import draw_page
+    model = InternVL.from_pretrained("tiny", "cpu")
+    page, questions = draw_page(random.Random("test 0"))
+    tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
+    for question, truth in questions:
+        prompt, _ = page_prompt(model.tokenizer, 64, [len(tiles)], [question])
+        tokens = answer(model, tiles, prompt)
+        assert tokens == [step[0] for step in generate(model, [(tiles, prompt)], 16)]
+        assert model.tokenizer.decode(tokens, skip_special_tokens=True) == truth

@@ -1,0 +1,50 @@
+"""10. Add another projector, and train it
+
+InternVL2 puts four patches side by side and lets an MLP make a token of them. Write another bridge, an average of the four
+and one Linear layer for instance, put it into the embedded model and train it alone: how far does it get?
+
+Hint: same shapes in and out as `Projector` in model/projector.py, (N, 256, 64) -> (N, 64, 96) for the embedded model. Parameters
+must be float32 and the layers those of model/layers.py, so that it also runs under a bfloat16 model. Start small: nothing
+that it makes is known to the decoder yet.
+"""
+from torch import nn
+
+
+class MyProjector(nn.Module):
+    """Any bridge but the original one."""
+
+    def __init__(self, config):
+        super().__init__()
+        raise NotImplementedError("write me: config.vision.width, config.vision.grid, config.language.width, config.shuffle")
+
+    def forward(self, patches):
+        raise NotImplementedError("write me")
+
+
+def test_it_learns():
+    import random
+
+    import torch
+
+    from model import InternVL
+    from model.prompt import page_prompt
+    from model.tiling import tile_page
+    from model.tiny.pages import SHAPES, draw_page
+    torch.manual_seed(0)
+    model = InternVL.from_pretrained("tiny", "cpu")
+    model.projector = MyProjector(model.config)
+    assert model.see(torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).shape == (128, 96)
+    optimizer, losses = torch.optim.AdamW(model.projector.parameters(), lr=5e-3), []
+    for step in range(80):
+        pages, tokens = [], 0
+        for i in range(8):
+            page, asked = draw_page(random.Random(f"exercise {step} {i}"), shape=SHAPES[0])
+            prompt, _ = page_prompt(model.tokenizer, 64, [1], *zip(*asked))
+            tokens += sum(label >= 0 for label in prompt.labels)
+            pages.append((torch.from_numpy(tile_page(page, tile_pixels=128)), prompt))
+        loss = model.loss(model.pack(pages)) / tokens
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:3]) / 3, losses[::10]

@@ -8,11 +8,9 @@
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
-import http.client
 import json
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,9 @@ import numpy as np
 from model import InputError, InternVL
 from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
+from model.network import fetch
 from model.prompt import PLACEHOLDER, conversation_prompt
 from model.tiling import read_image, tile_page
-
-URL_SECONDS, URL_BYTES = 20, 50_000_000         # longest silence and largest size of an image behind an address
 
 
 def parse_arguments():
@@ -32,6 +29,7 @@ def parse_arguments():
     parser.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
     parser.add_argument("--image", action="append", default=[], metavar="PATH|URL", help="an image; may be given several times")
+    parser.add_argument("--allow-private", action="store_true", help="fetch images from addresses of a private network too, this machine included")
     parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
     parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions answered at once (%(default)s)")
     parser.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
@@ -57,18 +55,11 @@ def clean(text):
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def load_image(source):
+def load_image(source, allow_private=False):
     """A Pillow image from a path or an http(s) address. Raises InputError."""
-    if not source.startswith(("http://", "https://")):
-        return read_image(source, source)
-    try:
-        with urllib.request.urlopen(source, timeout=URL_SECONDS) as response:
-            data = response.read(URL_BYTES + 1)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise InputError(f"{source}: cannot be fetched ({error})") from error
-    if len(data) > URL_BYTES:
-        raise InputError(f"{source}: more than {URL_BYTES:,} bytes; expected an image")
-    return read_image(data, source)
+    if source.startswith(("http://", "https://")):
+        return read_image(fetch(source, allow_private), source)
+    return read_image(source, source)
 
 
 def cut_images(model, images, max_tiles):
@@ -166,7 +157,8 @@ def answer_file(model, arguments):
                              '{"question": "...", "images": ["..."]}') from error
     for start in range(0, len(asked), arguments.batch):
         batch = asked[start:start + arguments.batch]
-        tiles = [cut_images(model, map(load_image, images), arguments.max_tiles) for _, images in batch]
+        loaded = [[load_image(image, arguments.allow_private) for image in images] for _, images in batch]
+        tiles = [cut_images(model, images, arguments.max_tiles) for images in loaded]
         pages = [make_prompt(model, t, [(question, None)], arguments.max_new_tokens) for t, (question, _) in zip(tiles, batch)]
         started, times = time.perf_counter(), []
         steps = []
@@ -182,7 +174,7 @@ def answer_file(model, arguments):
 
 def main():
     arguments = parse_arguments()
-    images = [load_image(source) for source in arguments.image]        # before the model: a wrong path is told at once
+    images = [load_image(source, arguments.allow_private) for source in arguments.image]        # before the model: a wrong path is told at once
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
     if arguments.questions:
         return answer_file(model, arguments)

@@ -8,11 +8,12 @@ Vision encoder and language model are frozen. A step is one optimizer update on 
 is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
 """
 import argparse
-import collections
+import contextlib
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from data import INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, open_rows
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, load_checkpoint, read_settings,
-                              save_checkpoint)
-from model.errors import OneLineParser, real_number, run, whole_number
+from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
+                              read_settings, save_checkpoint, write_text)
+from model.errors import OneLineParser, real_number, run, warn, whole_number
 from model.generate import generate
 from model.memory import peak_gb, step_gb
 from model.prompt import page_prompt
@@ -37,7 +38,7 @@ from model.tiny.pages import DOMAINS
 PARTS = ("projector", "llm", "vision")
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, lr=5e-3, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
 
 
@@ -71,6 +72,7 @@ def parse_settings():
     log.add_argument("--eval-every", type=whole_number(0), default=200, help="steps between validations; 0: none (%(default)s)")
     log.add_argument("--eval-pages", type=whole_number(1), default=64, help="pages of the validation set, always the same (%(default)s)")
     log.add_argument("--save-every", type=whole_number(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
+    log.add_argument("--keep", type=whole_number(1), default=5, help="checkpoints that are kept: the newest and, beside them, the best validated (%(default)s)")
     log.add_argument("--out", help="run folder (runs/ and the time of day)")
     log.add_argument("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     log.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
@@ -83,7 +85,8 @@ def parse_settings():
 
     settings = parser.parse_args()
     if settings.resume:
-        parser.set_defaults(**read_settings(settings.resume) | {"out": settings.resume})
+        kept = read_settings(settings.resume) | {"out": settings.resume}
+        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value for key, value in kept.items()})   # checked as if typed
     elif settings.tiny:
         parser.set_defaults(**TINY)
     settings = parser.parse_args()
@@ -166,27 +169,44 @@ def learning_rate(fraction, settings):
 # ------------------------------------------------------------------------------------------------------------------- steps
 
 class Skips:
-    """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used."""
+    """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used.
 
-    def __init__(self, pages=0, questions=0, unanswered=0):
-        self.pages, self.questions, self.unanswered = pages, questions, unanswered
+    `path`: a jsonl file that gets a line for each, and tells what was left out before.
+    """
+    PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
+
+    def __init__(self, path=None):
+        self.path, self.lines = path, read_lines(path) if path else []
+
+    def add(self, page, what, count, reason):
+        self.lines.append({"epoch": page.epoch, "index": page.index, "page": page.name, "left_out": what, "count": count,
+                           "reason": reason})
+        if self.path:
+            append_line(self.path, self.lines[-1])
+
+    def count(self, what):
+        return sum(line["count"] for line in self.lines if line["left_out"] == what)
 
     def keep(self, examples):
         """Yield those examples of an epoch that can be used."""
-        skipped = 0
+        skipped, last = None, ""
         for example in examples:
             page, read = example.page, example.page.index + 1
-            self.questions += len(example.too_long)
-            self.unanswered += page.unanswered
+            if skipped is None:
+                skipped = sum(line["epoch"] == page.epoch and line["left_out"] == self.PAGE for line in self.lines)
+            if page.unanswered:
+                self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
             if example.problem:
-                self.pages, skipped, last = self.pages + 1, skipped + 1, f"page {page.name}: {example.problem}"
+                self.add(page, self.PAGE, 1, example.problem)
+                skipped, last = skipped + 1, f"page {page.name}: {example.problem}"
                 warn(f"{last}; skipped")
                 if read >= 100 or skipped == read == 5:
                     self.judge(read, skipped, last)
                 continue
             if example.too_long:
+                self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
                 warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
-                     f"skipped, the first: {example.too_long[0]!r}")
+                     f"skipped, the first: {example.too_long[0][:200]!r}")
             yield example
         if skipped:
             self.judge(read, skipped, last)
@@ -195,10 +215,6 @@ class Skips:
     def judge(read, skipped, last):
         if skipped > max(1, read // 100) or skipped == read:
             raise InputError(f"{skipped} of {read} pages cannot be used, and 1 % is the limit; the last is {last}")
-
-
-def warn(text):
-    tqdm.write(text, file=sys.stderr)
 
 
 def chunks(items, size):
@@ -223,10 +239,24 @@ def accumulate_gradients(model, examples, batch_pages):
     tokens = sum(example.answer_tokens for example in examples)
     step_loss = torch.zeros((), device=model.device)
     for micro_batch in chunks(examples, batch_pages):
-        loss = model.loss(model.pack([(example.tiles, example.prompt) for example in micro_batch])) / tokens
-        loss.backward()                         # adds to .grad; the micro-batch's activations are freed here
-        step_loss += loss.detach()
+        with memory_told(micro_batch):
+            loss = model.loss(model.pack([(example.tiles, example.prompt) for example in micro_batch])) / tokens
+            loss.backward()                     # adds to .grad; the micro-batch's activations are freed here
+            step_loss += loss.detach()
     return step_loss
+
+
+@contextlib.contextmanager
+def memory_told(examples):
+    """Tell the end of memory, on any device, in one line that says which pages it came with and what to turn."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in examples)
+        raise InputError(f"out of memory with {sum(len(example.tiles) for example in examples)} tiles in a micro-batch, pages "
+                         f"{pages}; lower --max-tiles or --batch-pages ({str(error)[:100] or 'MemoryError'})") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -259,8 +289,7 @@ def evaluate(model, examples):
 
 def write_samples(folder, step, answers):
     """Add one validation's answers about the first pages to samples.jsonl; write them all as tables into samples.md."""
-    with open(folder / SAMPLES, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "answers": answers}, ensure_ascii=False) + "\n")
+    append_line(folder / SAMPLES, {"step": step, "answers": answers})
     tables = []
     for sample in read_lines(folder / SAMPLES):
         tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
@@ -335,15 +364,22 @@ def plotting():
     return pyplot
 
 
+def append_line(path, line):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def read_lines(path):
     """The objects of a jsonl file, none if there is no such file; a last line cut short by a crash does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
-def keep_until(path, step):
-    """Drop the lines of a jsonl file that lie after `step`."""
-    lines = [line for line in read_lines(path) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+def keep_lines(path, wanted):
+    """Drop the lines of a jsonl file that are not `wanted`; returns the others."""
+    lines = [line for line in read_lines(path) if wanted(line)]
+    if path.exists():
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -362,17 +398,78 @@ def load_model(settings):
 
 
 def begin(folder, settings, model, optimizer):
-    """Write the settings. Returns where the run stands: at its latest checkpoint, with the metrics up to there, or at step 0."""
+    """Write the settings. Returns where the run stands, at its latest checkpoint or at step 0, and the {step: loss} of the
+    validations up to there; what its files tell of later is dropped.
+    """
     kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
-    (folder / SETTINGS).write_text(json.dumps(kept, indent=2) + "\n")
-    state = {"step": 0, "epoch": 0, "index": 0, "rows": 0, "questions": 0, "skipped_pages": 0, "skipped_questions": 0, "unanswered": 0}
+    write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
+    for half in folder.rglob("*.part"):                         # of a process that was killed while it wrote
+        half.unlink()
+    state = {"step": 0, "epoch": 0, "index": 0, "refill": [0, 0], "rows": 0, "questions": 0, "split_pages": 0}
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
-        state = load_checkpoint(checkpoint, model, optimizer)
+        saved = load_checkpoint(checkpoint, model, optimizer)
+        if saved.keys() != state.keys():
+            raise InputError(f"{checkpoint}: of another version of train.py; finish the run with that one")
+        state = saved
         print(f"going on after step {state['step']}")
-    keep_until(folder / SAMPLES, state["step"])
-    keep_until(folder / METRICS, state["step"])
-    return state
+    lines = keep_lines(folder / METRICS, lambda line: line["step"] <= state["step"])
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    keep_lines(folder / SAMPLES, lambda line: line["step"] in losses)
+    keep_lines(folder / SKIPPED, lambda line: (line["epoch"], line["index"]) < (state["epoch"], state["index"]))
+    return state, losses
+
+
+class Interruptions:
+    """Ctrl-C and SIGTERM end the program at once, but for what is `deferred`, which is finished first; a second one does not wait.
+
+    The exit status is the usual one of a program ended by a signal: 130 and 143.
+    """
+
+    def __init__(self):
+        self.deferring, self.came = False, None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _):
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        self.came = number
+        warn(f"{signal.Signals(number).name}: {'the step is finished and ' if self.deferring else ''}the run is saved; "
+             "a second one stops at once")
+        if not self.deferring:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self.deferring = True
+        try:
+            yield
+        finally:
+            self.deferring = False
+        if self.came:
+            raise SystemExit(128 + self.came)
+
+
+@contextlib.contextmanager
+def told_in_one_line(folder):
+    """Tell in one line what a run can meet beside its data: a folder that cannot be written, a worker that was killed."""
+    try:
+        yield
+    except OSError as error:
+        advice = f"its checkpoints are as they were: make room, then go on with --resume {folder}" if folder.exists() else "it is gone"
+        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
+                         f"lower --workers or --max-tiles, then go on with --resume {folder}") from error
 
 
 def main():
@@ -394,90 +491,110 @@ def main():
     rows = open_rows(settings.data, "train", settings.seed, settings.domain)
     all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
     held_out = open_rows(settings.data, "validation", domains=settings.domain) if settings.eval_every else None
-    state = begin(folder, settings, model, optimizer)
-    first = step = state["step"]
-    skips, counts = Skips(state["skipped_pages"], state["skipped_questions"], state["unanswered"]), collections.Counter()
+    with told_in_one_line(folder):
+        state, losses = begin(folder, settings, model, optimizer)
+    first = step = saved = state["step"]
+    skips = Skips(folder / SKIPPED)
 
     # pages to train on, and the fixed ones to validate on
     examples = Examples(model, settings.max_tiles, settings.max_length)
     stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
-                        start=(state["epoch"], state["index"]), counts=counts)
+                        start=(state["epoch"], state["index"], state["refill"]))
     loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
     if held_out:
         held_out = PageStream(held_out, epochs=1, shuffle=False, look_ahead=settings.look_ahead).pages()
         held_out = list(itertools.islice(held_out, settings.eval_pages))
         validation = load_examples(held_out, examples, settings.workers)
+        iter(validation)                        # its workers are forked now, before a thread begins to read training pages
 
     def fraction_done(steps, rows):
         """How much of the run lies behind, 0 to 1, by the limit that is nearer."""
         return min(1.0, max(steps / (settings.steps or math.inf), rows / all_rows))
 
     def log(**line):
-        with open(folder / METRICS, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(folder / METRICS, line)
 
     def validate():
         measures, answers = evaluate(model, Skips().keep(validation))
-        log(step=step, **measures)
         names = list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
+        keep_lines(folder / SAMPLES, lambda line: line["step"] in losses)   # not those of a validation that was cut short
         write_samples(folder, step, [line for line in answers if line["page"] in names])
+        log(step=step, **measures)
+        losses[step] = measures["val_loss"]
         draw_samples(folder, [page for page in held_out if page.name in names])
         draw_curve(folder)
         bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
     def save():
-        state.update(step=step, skipped_pages=skips.pages, skipped_questions=skips.questions, unanswered=skips.unanswered)
+        nonlocal saved
+        saved = step
         save_checkpoint(folder / CHECKPOINTS / f"step-{step:07d}.safetensors", model, optimizer, state)
+        keep_newest(folder, settings.keep, losses)
         (folder / WEIGHTS).unlink(missing_ok=True)          # of an earlier end of this run: this checkpoint is newer
 
-    with tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar:
-        if settings.eval_every and step == 0:
-            validate()
-        steps = training_steps(loader, skips, settings)
-        while step != settings.steps:
-            # ------------------------------------------------------------------------------------------------ a training step
-            started = time.perf_counter()
-            pages = next(steps, None)
-            if pages is None:                                               # --epochs are over
-                break
-            data_wait = time.perf_counter() - started
-            step += 1
-            step_rows = sum(example.page.rows for example in pages)
-            lr = learning_rate(fraction_done(step - 0.5, state["rows"] + step_rows / 2), settings)      # at the step's middle
-            loss = accumulate_gradients(model, pages, settings.batch_pages)
-            norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
-            loss, norm = torch.stack([loss, norm]).tolist()                 # waits for the device
-            if not math.isfinite(loss + norm):
-                raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
-                                 f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            # ------------------------------------------------------------------------------------------------------------------
-            questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
-            state.update(epoch=pages[-1].page.epoch, index=pages[-1].page.index + 1, rows=state["rows"] + step_rows,
-                         questions=state["questions"] + questions)
-            speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
-            log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
-                answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
-                data_wait=data_wait, peak_gb=memory)
-            bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
-            bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
-            if settings.eval_every and step % settings.eval_every == 0:
-                validate()
-            if settings.save_every and step % settings.save_every == 0:
-                save()
+    with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
+          Interruptions() as interruptions):
+        whole = True                                                        # no step is half applied
+        try:
+            with told_in_one_line(folder):
+                steps = training_steps(loader, skips, settings)
+                while True:
+                    if settings.eval_every and step % settings.eval_every == 0 and step not in losses:
+                        validate()
+                    if settings.save_every and step % settings.save_every == 0 and step > saved:
+                        save()
+                    if step == settings.steps:
+                        break
+                    started = time.perf_counter()
+                    pages = next(steps, None)
+                    if pages is None:                                       # --epochs are over
+                        break
+                    data_wait = time.perf_counter() - started
+                    with interruptions.deferred():
+                        # ------------------------------------------------------------------------------------ a training step
+                        rows = sum(example.page.rows for example in pages)
+                        lr = learning_rate(fraction_done(step + 0.5, state["rows"] + rows / 2), settings)   # at its middle
+                        loss = accumulate_gradients(model, pages, settings.batch_pages)
+                        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+                        loss, norm = torch.stack([loss, norm]).tolist()     # waits for the device
+                        if not math.isfinite(loss + norm):
+                            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
+                                             f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
+                        for group in optimizer.param_groups:
+                            group["lr"] = lr
+                        whole = False
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        # ----------------------------------------------------------------------------------------------------
+                        step += 1
+                        questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
+                        last = pages[-1].page
+                        state.update(step=step, epoch=last.epoch, index=last.index + 1, refill=last.refill,
+                                     rows=state["rows"] + rows, questions=state["questions"] + questions,
+                                     split_pages=state["split_pages"] + sum(example.page.split for example in pages))
+                        whole = True
+                        speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
+                        log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
+                            answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
+                            data_wait=data_wait, peak_gb=memory)
+                        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
+                        bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
 
-        if step == 0 or step == first and (folder / WEIGHTS).exists():
-            raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
-        if settings.eval_every and step % settings.eval_every and step > first:
-            validate()
-    save()
+                if step == 0 or step == first and (folder / WEIGHTS).exists():
+                    raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
+                if settings.eval_every and step not in losses:
+                    validate()
+                save()
+        except (InputError, SystemExit) as end:
+            if whole and step > saved and folder.exists():
+                save()
+            if isinstance(end, SystemExit):
+                warn(f"stopped after step {step}; go on with --resume {folder}")
+            raise
     model.save_pretrained(folder)
-    print(f"{step} steps, {state['questions']} questions; left out: {skips.pages} pages, {skips.questions} questions too long, "
-          f"{skips.unanswered} without an answer; {counts['split pages']} pages split by the look-ahead; "
-          f"most memory held: {peak_gb(settings.device):.2f} GB")
+    print(f"{step} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, {skips.count(skips.TOO_LONG)} "
+          f"questions too long, {skips.count(skips.UNANSWERED)} without an answer; {state['split_pages']} pages split by the "
+          f"look-ahead; most memory held: {peak_gb(settings.device):.2f} GB")
     print(what_next(folder))
 
 

@@ -5,6 +5,7 @@ A *run folder* is what train.py writes: settings.json, checkpoints/, and when th
 A *checkpoint* in it holds the trained tensors, in float32, and the optimizer's state; the rest is in the run's base model.
 Only safetensors and JSON are read or written. FACTS: "Checkpoint".
 """
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from model.config import Config
 from model.errors import InputError
+from model.network import retried
 
 OFFICIAL_NAMES = {                      # of modules; a block's number stands for #
     "vision.class_token": "vision_model.embeddings.class_embedding",
@@ -87,6 +89,7 @@ def load(build, name, device=None, dtype=None, seed=None):
         model.load_state_dict(tensors, assign=True)
     else:
         from model.internvl import initialise                       # only here: internvl.py imports this file
+        check_size(build, config, folder)
         model = build(config)
         initialise(model, seed)
         model.to(device, dtype)
@@ -102,6 +105,16 @@ def load(build, name, device=None, dtype=None, seed=None):
     return model
 
 
+def check_size(build, config, folder):
+    """Raise InputError for a configuration whose weights this machine's memory cannot hold (Windows does not tell)."""
+    with torch.device("meta"):
+        needed = 4 * sum(parameter.numel() for parameter in build(config).parameters())
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > held:
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has {held / 1e9:,.0f} GB "
+                         "of memory; take a smaller model")
+
+
 def find(name, seed=None):
     """Where a model is -> (model folder, checkpoints to lay over it, seed of random weights or None)."""
     if name == "tiny":
@@ -115,6 +128,8 @@ def find(name, seed=None):
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+        if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
+            raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         folder, overlays, seed = find(settings["model"], settings["seed"] if settings["from_scratch"] else None)
         return folder, [*overlays, trained], seed
     if path.is_dir():
@@ -130,26 +145,31 @@ def read_settings(run):
     """The settings of a run folder, as train.py wrote them. Raises InputError."""
     try:
         settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
-        if not {"model", "seed", "from_scratch"} <= settings.keys():
-            raise ValueError("model, seed or from_scratch is missing")
+        for key, kind in (("model", str), ("seed", int), ("from_scratch", bool), ("train", str)):
+            if not isinstance(settings[key], kind):
+                raise ValueError(f"{key} is {settings[key]!r}")
+        if any(isinstance(value, (dict, list)) for value in settings.values()):
+            raise ValueError("expected plain values")
         return settings
-    except (OSError, ValueError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f"{run}: not a run folder ({error} is missing); expected the --out of an earlier run") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{run}: not a run folder ({error}); expected the --out of an earlier run") from error
 
 
 def download(name, files):
     """Bring a model's files from the Hub into its cache; return the folder. Raises InputError where they cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
+        return Path(retried(lambda: snapshot_download(name, allow_patterns=list(files))))
     except RepositoryNotFoundError as error:
         raise InputError(f"{name}: neither a local folder nor a model on the Hub; check the name, or log in with "
                          "'hf auth login' if it is private") from error
     except LocalEntryNotFoundError as error:
         raise InputError(f"{name}: the Hub cannot be reached and the model is not in the cache; connect to the network, "
                          "or give a local folder with --model") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{name}: download failed ({error}); try again, or give a local folder with --model") from error
 
 
@@ -188,9 +208,11 @@ def load_tokenizer(folder):
     """The tokenizer of a model folder: transformers' Qwen2 class, directly, so that no code of the folder is run."""
     from transformers import Qwen2Tokenizer
     try:
-        return Qwen2Tokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read ({error}); expected vocab.json and merges.txt, "
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        tokenizer("?")                                              # some settings are looked at only here
+        return tokenizer
+    except Exception as error:                                      # the libraries below raise whatever the files lead to
+        raise InputError(f"{folder}: its tokenizer cannot be read ({str(error)[:300]}); expected vocab.json and merges.txt, "
                          "or tokenizer.json, and tokenizer_config.json") from error
 
 
@@ -215,8 +237,27 @@ def save(model, folder):
 def write(tensors, path, metadata):
     """Write a safetensors file beside its place and rename it, so that the place never holds half a file."""
     beside = path.with_name(path.name + ".part")
-    save_file(tensors, beside, metadata)
-    os.chmod(beside, 0o644)                                         # the library makes it readable by its owner alone
+    try:
+        save_file(tensors, beside, metadata)
+        put_in_place(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file as a whole or, where that fails, not at all."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        put_in_place(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def put_in_place(beside, path):
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())                                     # on the disk before its name is, should the power fail
+    os.chmod(beside, 0o644)                                         # safetensors makes it readable by its owner alone
     os.replace(beside, path)
 
 
@@ -225,39 +266,80 @@ def latest_checkpoint(run):
     return max(Path(run, CHECKPOINTS).glob("step-*.safetensors"), default=None)
 
 
+def keep_newest(run, count, losses):
+    """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
+    checkpoints = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))}
+    best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
+    for step in list(checkpoints)[:-count]:
+        if step != best:
+            checkpoints[step].unlink()
+
+
 def save_checkpoint(path, model, optimizer, state):
-    """Write the trained tensors, the optimizer's state of each, and `state` (plain JSON values) into one file."""
-    path.parent.mkdir(exist_ok=True)
+    """Write the trained tensors, the optimizer's state of each, and `state` (plain JSON values) into one file.
+
+    Raises InputError where it cannot be written; what was there before stays.
+    """
     tensors = {}
     for name, parameter in trained_parameters(model).items():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    write({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"state": json.dumps(state)})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = json.dumps(state)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(tensors, path, {"state": state, "sha256": checksum(tensors, tensors.get, state)})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); the checkpoints before it are whole: make room, then go on "
+                         f"with --resume {path.parent.parent}") from error
+
+
+def checksum(names, tensor_of, state):
+    """SHA-256 of the named tensors in the order of their names, and of the state's text."""
+    total = hashlib.sha256(state.encode())
+    for name in sorted(names):
+        total.update(name.encode())
+        total.update(tensor_of(name).reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def load_checkpoint(path, model, optimizer=None):
     """Lay a checkpoint's trained tensors over a model; with an `optimizer` restore it too. Returns the saved `state`.
 
-    Raises InputError for a file that does not fit the model. Trained tensors take the dtype of the model's parameters.
+    Raises InputError for a file that does not fit the model or is not what was written, before anything is changed.
+    Trained tensors take the dtype of the model's parameters.
     """
     ours = {official_name(name): parameter for name, parameter in model.named_parameters()}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                name = key.split(".", 1)[1] if key.startswith("model.") else key.split(".", 2)[2]
+                kind, name = ("model", key[6:]) if key.startswith("model.") else key.split(".", 2)[1:]
+                tensor = file.get_slice(key)
+                expected = [] if kind == "step" else list(ours[name].shape) if name in ours else None
+                if tensor.get_shape() != expected or tensor.get_dtype() not in STORED_DTYPES:
+                    raise InputError(f"{path}: {name} {tuple(tensor.get_shape())} {tensor.get_dtype()} is not of this model")
+            state = file.metadata()["state"]
+            if checksum(file.keys(), file.get_tensor, state) != file.metadata()["sha256"]:
+                raise InputError(f"{path}: damaged, its checksum is not that of what was saved; delete it to go on from the "
+                                 "checkpoint before")
+            state = json.loads(state)
+            lacking = trained_parameters(model).keys() - {key[6:] for key in file.keys()} if optimizer else ()
+            if lacking:
+                raise InputError(f"{path}: lacks {', '.join(sorted(lacking)[:3])}, which trains")
+            for key in file.keys():
+                kind, name = ("model", key[6:]) if key.startswith("model.") else key.split(".", 2)[1:]
                 tensor = file.get_tensor(key)
-                if name not in ours or tensor.shape not in (ours[name].shape, torch.Size([])):
-                    raise InputError(f"{path}: {name} {tuple(tensor.shape)} is not of this model")
-                if key.startswith("model."):
+                if kind == "model":
                     with torch.no_grad():
                         ours[name].copy_(tensor)
                 elif optimizer:
-                    kind, parameter = key.split(".", 2)[1], ours[name]
                     on_cpu = kind == "step" and not optimizer.defaults["fused"]     # where AdamW counts its steps
-                    optimizer.state[parameter][kind] = tensor if on_cpu else tensor.to(parameter.device)
-            return json.loads(file.metadata()["state"])
-    except (SafetensorError, OSError, KeyError, IndexError, TypeError) as error:
+                    optimizer.state[ours[name]][kind] = tensor if on_cpu else tensor.to(ours[name].device)
+            return state
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not a checkpoint of train.py, or not a whole one ({error})") from error
 
 

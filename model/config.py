@@ -62,10 +62,12 @@ class Config:
         """Read an official config.json. Raises InputError for a file or an architecture that we cannot build."""
         path = Path(path)
         try:
+            if path.stat().st_size > 1_000_000:
+                raise ValueError("over 1 MB")
             official = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); a model folder holds a config.json") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error}); expected the model's official config.json") from error
         try:
             vision, language = official["vision_config"], official["llm_config"]
@@ -109,15 +111,24 @@ class Config:
             for key, value in vars(part).items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise TypeError(f"{key} is {value!r}, not a number")
-                if not 0 < value < 1e9:
-                    raise ArithmeticError(f"{key} is {value!r}")
+                if key not in REALS and not isinstance(value, int):
+                    raise TypeError(f"{key} is {value!r}, not a whole number")
+                if not 0 < value <= MOST.get(key, 1e9):
+                    raise ArithmeticError(f"{key} is {str(value)[:20]}, expected between 0 and {MOST.get(key, 1e9):,}")
         vision, language = self.vision, self.language
         if (vision.width % vision.heads or language.width % language.heads or language.heads % language.kv_heads
                 or vision.tile_pixels % vision.patch_pixels or vision.grid % self.shuffle or language.head_width % 2):
             raise ArithmeticError("widths, heads and tile do not divide as they must")
+        if not isinstance(self.thumbnail, bool):
+            raise TypeError(f"use_thumbnail is {self.thumbnail!r}")
         if self.stored_dtype not in ("bfloat16", "float16", "float32"):
             raise TypeError(f"torch_dtype is {self.stored_dtype!r}")
 
+
+REALS = ("rope_theta", "norm_eps")
+# Beyond these nothing is a model of this kind, and building one would take all memory. Others: at most 1e9.
+MOST = {"layers": 1_000, "width": 65_536, "mlp_width": 1_000_000, "heads": 4_096, "kv_heads": 4_096, "vocabulary": 10_000_000,
+        "tile_pixels": 4_096, "patch_pixels": 4_096}
 
 # What a config.json must say for this code to compute what its authors meant. InternVL2-1B says exactly this.
 SUPPORTED = {

@@ -3,6 +3,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 class InputError(ValueError):
     """A mistake in what came from outside (arguments, files, network). Its text is one line that a user can act on."""
@@ -16,6 +18,11 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def warn(text):
+    """A line on standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def run(main):

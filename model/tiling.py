@@ -6,25 +6,38 @@ Source: InternVL 1.5 (arXiv 2404.16821), section "Dynamic High-Resolution"; FACT
 Pixel values are those of Pillow 13; earlier releases resize some small pages in another order of passes.
 """
 import io
+import warnings
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.errors import InputError
 
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")      # none that starts other programs
+
 
 def read_image(source, name="it"):
-    """Decode a page -> Pillow image of mode 1, L or RGB. `source`: path or bytes of an image file.
+    """Decode a page -> Pillow image of mode 1, L or RGB. `source`: path of an image file, or its bytes, or what `bytes()` makes them of.
 
-    Raises InputError for what Pillow cannot read.
+    As a viewer shows it: turned as its EXIF says, transparent parts white, 16 bits a channel scaled to 8; of an animation the
+    first picture. Raises InputError for what Pillow cannot read, 32 bits a channel and more than 89 million pixels.
     """
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        image.load()                    # Image.open reads the header only; a truncated file fails here
-        return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        if not isinstance(source, (str, Path)):
+            source = io.BytesIO(bytes(source))
+        elif Path(source).exists() and not Path(source).is_file():
+            raise OSError("not a file")                                 # a pipe would never end
+        Image.init()                    # or formats that no one opened yet are unknown
+        with warnings.catch_warnings(action="ignore"):                  # about metadata that is not used
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(source, formats=FORMATS)
+            image.load()                # Image.open reads the header only; a truncated file fails here
+            return as_shown(image)
+    except (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
         raise InputError(f"cannot read {name} as an image ({error or type(error).__name__})") from error
 
 
@@ -39,6 +52,26 @@ def grey_if_it_is(image):
     image = image.convert("RGB")
     red, green, blue = image.split()
     return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
+
+
+def as_shown(image):
+    """A decoded image in mode 1, L or RGB, the way a viewer shows it."""
+    shown = image
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a channel; expected 8 or 16")
+    if image.mode.startswith("I;16"):
+        shown = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))      # Pillow's own conversion cuts off at 255
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        shown = Image.new("RGB", image.size, "white")
+        shown.paste(image, mask=image.getchannel("A"))
+    elif image.mode not in ("1", "L", "RGB"):
+        shown = image.convert("RGB")
+    shown.info = image.info                                             # with the EXIF
+    try:
+        return ImageOps.exif_transpose(shown)
+    except Exception:                   # what broken EXIF leads to in Pillow has no common class; the page stays as it is
+        return shown
 
 
 @lru_cache

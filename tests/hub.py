@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 import urllib.parse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -15,13 +16,23 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def fault(self):
+        """Do what `faults` wants of this request; returns whether that was all."""
+        self.cut = fault = self.server.faults(self.path)
+        if isinstance(fault, int):
+            self.json({"error": "injected"}, fault)
+        elif fault == "stall":
+            time.sleep(1.5)
+        self.close_connection = fault in ("close", "stall", "cut")
+        return fault not in (None, "cut")
+
     def answer(self, body, status=200, **headers):
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:len(body) // 2] if self.cut == "cut" else body)
 
     def json(self, value, status=200, **headers):
         self.answer(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
@@ -34,6 +45,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
+        if self.fault():
+            return
         parts = [urllib.parse.unquote(part) for part in urllib.parse.urlsplit(self.path).path.split("/") if part]
         if parts[0] == "api" and len(parts) >= 4:
             return self.api(parts[1], "/".join(parts[2:4]), parts[4:])
@@ -80,10 +93,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(root):
-    """Serve `root`; yields the address for HF_ENDPOINT."""
+def serve(root, faults=lambda path: None):
+    """Serve `root`; yields the address for HF_ENDPOINT.
+
+    `faults`: what goes wrong with the request for a path: a status to refuse it with, "close" (no answer), "stall" (none for
+    1.5 seconds), "cut" (half of it), or None.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.root, server.daemon_threads = root, True
+    server.root, server.daemon_threads, server.faults = root, True, faults
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

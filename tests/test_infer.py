@@ -121,16 +121,17 @@ def web(page):
 
 def test_an_image_comes_from_an_address(ask, page, web):
     def tokens(image):
-        return json.loads(ask("--image", image, "--json", "What?"))["tokens"]
+        return json.loads(ask("--allow-private", "--image", image, "--json", "What?"))["tokens"]
     assert tokens(f"{web}/page.png") == tokens(page)
 
 
 @pytest.mark.parametrize("flags, message", [
     (("--image", "nowhere.png", "What?"), "cannot read nowhere.png as an image"),
     (("--image", "README.md", "What?"), "cannot read README.md as an image"),
-    (("--image", "WEB/missing.png", "What?"), "cannot be fetched (HTTP Error 404"),
-    (("--image", "WEB/endless", "What?"), "more than 50,000,000 bytes"),
-    (("--image", "WEB/text", "What?"), "/text as an image"),
+    (("--allow-private", "--image", "WEB/missing.png", "What?"), "cannot be fetched (HTTP Error 404"),
+    (("--allow-private", "--image", "WEB/endless", "What?"), "more than 50,000,000 bytes"),
+    (("--allow-private", "--image", "WEB/text", "What?"), "/text as an image"),
+    (("--image", "WEB/page.png", "What?"), "is 127.0.0.1, an address of a private network; --allow-private lets it"),
     (("--image", "http://127.0.0.1:9/x.png", "What?"), "cannot be fetched"),
     (("--model", "nowhere", "What?"), "nowhere: not found; expected a model folder"),
     (("--max-tiles", "0", "What?"), "0 is not between 1 and 128"),

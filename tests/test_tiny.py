@@ -46,7 +46,7 @@ def test_every_domain_looks_different_and_says_the_same():
     pages = [draw_page(random.Random(3), domain) for domain in DOMAINS]
     assert all(questions == pages[0][1] for _, questions in pages)
     assert len({page.convert("RGB").tobytes() for page, _ in pages}) == len(DOMAINS)
-    mixed = {Image.open(io.BytesIO(row["image"]["bytes"])).mode for row in rows("train", 60, domains="plain,blueprint")}
+    mixed = {Image.open(io.BytesIO(bytes(row["image"]["bytes"]))).mode for row in rows("train", 60, domains="plain,blueprint")}
     assert mixed == {"L", "RGB"}
 
 

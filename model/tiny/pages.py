@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -59,7 +60,7 @@ def held_out(value):
     return zlib.crc32(value.encode()) % 8 == 0
 
 
-def write_page(draw, shape, unseen):
+def write_page(draw, domain, shape, unseen):
     """Words on a page: ([(column, row, lines of text), ...], [(question, answer), ...])."""
     columns, rows = shape
     blocks, questions = [], []
@@ -76,6 +77,10 @@ def write_page(draw, shape, unseen):
             value = FIELDS[label](draw)
         blocks.append((column, row, [label.upper(), value]))
         questions.append((f"What is the {label}?", value))
+    if not unseen and shape == SHAPES[0]:
+        lines = {row + i: text for _, row, texts in blocks for i, text in enumerate(texts)}
+        read = sorted(lines) if domain in LOOSE else range(rows)
+        questions.append((READ, "".join(lines.get(row, "").ljust(8) for row in read)))
     return blocks, questions
 
 
@@ -109,12 +114,8 @@ DOMAINS = ("plain", "negative", "bitmap", "mirrored", "slanted", "blueprint", *L
 def draw_page(draw, domain="plain", shape=None, unseen=True):
     """One document -> (Pillow image, [(question, answer), ...]). `draw`: a random.Random; `unseen`: its values are held out."""
     shape = shape or draw.choice(SHAPES)
-    blocks, questions = write_page(draw, shape, unseen)
+    blocks, questions = write_page(draw, domain, shape, unseen)
     page = Image.new("L", (shape[0] * CELL, shape[1] * CELL), 255)
-    lines = {row + i: text for _, row, texts in blocks for i, text in enumerate(texts)}
-    if not unseen and shape == SHAPES[0]:
-        rows = sorted(lines) if domain in LOOSE else range(shape[1])
-        questions.append((READ, "".join(lines.get(row, "").ljust(8) for row in rows)))
     if domain in LOOSE:
         scatter(draw, page, blocks, domain)
     else:
@@ -146,25 +147,50 @@ def scatter(draw, page, blocks, domain):
                 y += size + 1
 
 
+@dataclass(frozen=True)
+class DrawnFile:
+    """The PNG file of a page of SyntheticRows, drawn when `bytes()` asks for it: passing over a page costs no drawing."""
+    rows: "SyntheticRows"
+    page: int
+
+    def __bytes__(self):
+        file = io.BytesIO()
+        draw_page(*self.rows.drawn(self.page), unseen=self.rows.unseen)[0].save(file, "PNG")
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
 class SyntheticRows:
     """Rows in DocumentVQA's columns, as many as are asked for. Splits share neither a page nor a value.
 
     `domains`: names, comma-separated, each page in one of them. `tiles`: most tiles of a page, 1, 2 or 4.
+    Row 8 n is the first of page n: a page has at most 7 rows, so reading can begin at any of them without counting.
     """
+    split: str
+    seed: int = 0
+    domains: str = "plain"
+    tiles: int = 4
 
-    def __init__(self, split, seed=0, domains="plain", tiles=4):
-        self.split, self.seed, self.domains = split, seed, domains.split(",")
-        self.shapes = [shape for shape in SHAPES if shape[0] * shape[1] <= 64 * tiles]
+    @property
+    def unseen(self):
+        return self.split != "train"
+
+    def drawn(self, page):
+        """(random generator, domain, shape): what a page is drawn with."""
+        draw = random.Random(f"{self.split} {self.seed} {page}")
+        domain = draw.choice(self.domains.split(","))
+        return draw, domain, draw.choice([shape for shape in SHAPES if shape[0] * shape[1] <= 64 * self.tiles])
+
+    def numbered(self, start=0):
+        """(number, row) of the rows from number `start` on."""
+        for page in itertools.count(start // 8):
+            for i, (question, answer) in enumerate(write_page(*self.drawn(page), self.unseen)[1]):
+                if page * 8 + i >= start:
+                    yield page * 8 + i, {"question": question, "answers": [answer], "as_written": True, "docId": page,
+                                         "ucsf_document_page_no": "1", "image": {"bytes": DrawnFile(self, page), "path": None}}
 
     def __iter__(self):
-        for index in itertools.count():
-            draw = random.Random(f"{self.split} {self.seed} {index}")
-            page, questions = draw_page(draw, draw.choice(self.domains), draw.choice(self.shapes), unseen=self.split != "train")
-            file = io.BytesIO()
-            page.save(file, "PNG")
-            for question, answer in questions:
-                yield {"question": question, "answers": [answer], "image": {"bytes": file.getvalue(), "path": None},
-                       "docId": index, "ucsf_document_page_no": "1", "as_written": True}
+        return (row for _, row in self.numbered())
 
 
 def main():

@@ -230,7 +230,7 @@ def main():
             told["count"] += 1
             told["slowest"] = max(told["slowest"], [f"{source.__name__}, {name}", round(seconds, 2)], key=lambda pair: pair[1])
     told["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps(told, indent=1))
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

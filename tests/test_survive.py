@@ -11,6 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def program(name, *arguments, timeout=500):
     done = subprocess.run([sys.executable, str(ROOT / "tests" / name), *map(str, arguments)], capture_output=True, text=True,
                           timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout[done.stdout.index("\n{") if "\n{" in done.stdout else 0:])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture
@@ -192,8 +193,8 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, InternVL, "loss", 5, lambda: patch.setattr(torch.nn.functional, "cross_entropy", lambda *_, **__: torch.tensor(
-            math.nan, requires_grad=True)))
+        at_call(patch, train, "accumulate_gradients", 3, lambda: patch.setattr(
+            InternVL, "loss", lambda model, _: sum(p.sum() for p in model.projector.parameters()) * math.nan))
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "step 3: loss nan" in err[0] and "stopped before the update; pages" in err[0]
     assert latest_checkpoint(run).name == "step-0000002.safetensors"
@@ -206,10 +207,20 @@ def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monke
 def test_out_of_memory_names_the_tiles_and_the_flags(fit, monkeypatch, error):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, InternVL, "loss", 6, lambda: fail(error))
+        at_call(patch, train, "accumulate_gradients", 3, lambda: patch.setattr(InternVL, "loss", lambda *_: fail(error)))
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "out of memory with 1 tiles" in err[0]
     assert "--max-tiles" in err[0] and "--batch-pages" in err[0] and latest_checkpoint(run).name == "step-0000002.safetensors"
+    assert fit("run")[0] == 0
+    assert_same(whole, run)
+
+
+def test_a_worker_that_is_killed_is_one_line_and_nothing_is_lost(fit, monkeypatch):
+    _, _, whole = fit("whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, train, "accumulate_gradients", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
+        status, err, run = fit("run", "--workers", 1)
+    assert status == 2 and len(err) == 1 and "a worker process was ended from outside" in err[0] and "--workers" in err[0]
     assert fit("run")[0] == 0
     assert_same(whole, run)
 

@@ -30,7 +30,7 @@ SYNTHETIC = "synthetic"
 COLUMNS = ("image", "question", "answers")                              # what rows must have,
 PAGE_COLUMNS = ("docId", "ucsf_document_page_no")                       # and what tells their pages apart, if they have it
 PATIENCE = 600                          # seconds without the network, in the middle of a run, before it gives up
-MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with the square of their tokens
+MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
 
 
@@ -58,7 +58,8 @@ def open_rows(data, split, seed=0, domains="plain"):
         raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
     except (ValueError, OSError) as error:              # no such split or configuration; nothing readable in the folder
         if is_trouble(error):
-            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with --data") from error
+            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
+                             "--data") from error
         hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
         raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet{hint}") from error
     columns = rows.column_names or []
@@ -411,4 +412,5 @@ def leave_signals_to_the_parent(_):
 def load_examples(pages, examples, workers, pin_memory=False):
     """A DataLoader over `pages` (a PageStream or a list) that yields examples in their order."""
     return DataLoader(examples, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=leave_signals_to_the_parent, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+                      worker_init_fn=leave_signals_to_the_parent)

@@ -29,7 +29,7 @@ def parse_arguments():
     parser.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
     parser.add_argument("--image", action="append", default=[], metavar="PATH|URL", help="an image; may be given several times")
-    parser.add_argument("--allow-private", action="store_true", help="fetch images from addresses of a private network too, this machine included")
+    parser.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
     parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
     parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions answered at once (%(default)s)")
     parser.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
@@ -174,7 +174,7 @@ def answer_file(model, arguments):
 
 def main():
     arguments = parse_arguments()
-    images = [load_image(source, arguments.allow_private) for source in arguments.image]        # before the model: a wrong path is told at once
+    images = [load_image(source, arguments.allow_private) for source in arguments.image]        # before the model: told at once
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
     if arguments.questions:
         return answer_file(model, arguments)

@@ -72,7 +72,7 @@ def parse_settings():
     log.add_argument("--eval-every", type=whole_number(0), default=200, help="steps between validations; 0: none (%(default)s)")
     log.add_argument("--eval-pages", type=whole_number(1), default=64, help="pages of the validation set, always the same (%(default)s)")
     log.add_argument("--save-every", type=whole_number(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
-    log.add_argument("--keep", type=whole_number(1), default=5, help="checkpoints that are kept: the newest and, beside them, the best validated (%(default)s)")
+    log.add_argument("--keep", type=whole_number(1), default=5, help="newest checkpoints to keep, beside the best validated (%(default)s)")
     log.add_argument("--out", help="run folder (runs/ and the time of day)")
     log.add_argument("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     log.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
@@ -86,7 +86,8 @@ def parse_settings():
     settings = parser.parse_args()
     if settings.resume:
         kept = read_settings(settings.resume) | {"out": settings.resume}
-        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value for key, value in kept.items()})   # checked as if typed
+        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value     # checked as if it were typed
+                               for key, value in kept.items()})
     elif settings.tiny:
         parser.set_defaults(**TINY)
     settings = parser.parse_args()
@@ -421,7 +422,7 @@ def begin(folder, settings, model, optimizer):
 
 
 class Interruptions:
-    """Ctrl-C and SIGTERM end the program at once, but for what is `deferred`, which is finished first; a second one does not wait.
+    """Ctrl-C and SIGTERM end the program at once, but for what is `deferred`: that is finished first. A second does not wait.
 
     The exit status is the usual one of a program ended by a signal: 130 and 143.
     """
@@ -463,7 +464,8 @@ def told_in_one_line(folder):
     try:
         yield
     except OSError as error:
-        advice = f"its checkpoints are as they were: make room, then go on with --resume {folder}" if folder.exists() else "it is gone"
+        advice = (f"its checkpoints are as they were: make room, then go on with --resume {folder}" if folder.exists()
+                  else "it is gone")
         raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -558,8 +560,9 @@ def main():
                         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
                         loss, norm = torch.stack([loss, norm]).tolist()     # waits for the device
                         if not math.isfinite(loss + norm):
-                            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
-                                             f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
+                            names = ", ".join(example.page.name for example in pages)
+                            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; "
+                                             f"pages {names}; look at them, or lower --lr")
                         for group in optimizer.param_groups:
                             group["lr"] = lr
                         whole = False
@@ -577,7 +580,8 @@ def main():
                         log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
                             answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
                             data_wait=data_wait, peak_gb=memory)
-                        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
+                        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | "
+                                            f"{memory:.1f} GB", False)
                         bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
 
                 if step == 0 or step == first and (folder / WEIGHTS).exists():
@@ -592,9 +596,9 @@ def main():
                 warn(f"stopped after step {step}; go on with --resume {folder}")
             raise
     model.save_pretrained(folder)
-    print(f"{step} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, {skips.count(skips.TOO_LONG)} "
-          f"questions too long, {skips.count(skips.UNANSWERED)} without an answer; {state['split_pages']} pages split by the "
-          f"look-ahead; most memory held: {peak_gb(settings.device):.2f} GB")
+    print(f"{step} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, "
+          f"{skips.count(skips.TOO_LONG)} questions too long, {skips.count(skips.UNANSWERED)} without an answer; "
+          f"{state['split_pages']} pages split by the look-ahead; most memory held: {peak_gb(settings.device):.2f} GB")
     print(what_next(folder))
 
 

@@ -111,8 +111,8 @@ def check_size(build, config, folder):
         needed = 4 * sum(parameter.numel() for parameter in build(config).parameters())
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > held:
-        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has {held / 1e9:,.0f} GB "
-                         "of memory; take a smaller model")
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "
+                         f"{held / 1e9:,.0f} GB of memory; take a smaller model")
 
 
 def find(name, seed=None):
@@ -255,7 +255,7 @@ def write_text(path, text):
 
 
 def put_in_place(beside, path):
-    with open(beside, "rb") as file:
+    with open(beside, "r+b") as file:
         os.fsync(file.fileno())                                     # on the disk before its name is, should the power fail
     os.chmod(beside, 0o644)                                         # safetensors makes it readable by its owner alone
     os.replace(beside, path)
@@ -268,7 +268,8 @@ def latest_checkpoint(run):
 
 def keep_newest(run, count, losses):
     """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
-    checkpoints = {int(path.stem.removeprefix("step-")): path for path in sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))}
+    paths = sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))
+    checkpoints = {int(path.stem.removeprefix("step-")): path for path in paths}
     best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
     for step in list(checkpoints)[:-count]:
         if step != best:

@@ -1,4 +1,4 @@
-"""What happens when the network fails or lies? Trouble is told and tried again, for a stated time; addresses are fetched with limits.
+"""What happens when the network fails or lies? Trouble is told and tried again, for a stated time; fetching has limits.
 
 Used where files or rows come from the Hub (`retried`, `Patience`) and where infer.py is given an address (`fetch`).
 """

@@ -20,7 +20,9 @@ FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF
 
 
 def read_image(source, name="it"):
-    """Decode a page -> Pillow image of mode 1, L or RGB. `source`: path of an image file, or its bytes, or what `bytes()` makes them of.
+    """Decode a page -> Pillow image of mode 1, L or RGB.
+
+    `source`: path of an image file, or its bytes, or what `bytes()` makes them of.
 
     As a viewer shows it: turned as its EXIF says, transparent parts white, 16 bits a channel scaled to 8; of an animation the
     first picture. Raises InputError for what Pillow cannot read, 32 bits a channel and more than 89 million pixels.

@@ -1,4 +1,4 @@
-"""What survives: kills, signals, a bad network, a full disk, hostile files. Each promise of the README's section has its test here."""
+"""What survives: kills, signals, a bad network, a full disk, hostile files. The README's promises about it, one by one."""
 import collections
 import json
 import math
@@ -15,12 +15,11 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
 from commands import call, infer, refuses, train
 from conftest import ROOT
-from data import MOST_QUESTIONS, Page, PageStream, open_rows
+from data import MOST_QUESTIONS, PageStream, open_rows
 from model import InputError, InternVL, network
 from model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from model.prompt import NOT_LEARNED, page_prompt

@@ -6,13 +6,14 @@ from model.prompt import END, special_id
 
 
 @torch.inference_mode()
-def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, image_tokens=None):
+def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, image_tokens=None, caches=None):
     """Answer every open question of some pages.
 
     `pages`: (tiles, prompt) pairs; a prompt of branch 0 alone is one question, else each branch is one.
     `temperature`: 0 takes the likeliest token; else tokens are drawn, from the likeliest ones that together have
     probability `top_p`; every question draws from `seed` anew, so its answer does not depend on its company.
     `image_tokens`: what `model.see` made of all tiles, (256 N, D), if that is known already.
+    `caches`: one a page, with the past that its prompt goes on from; what is read and generated is added to it.
     Yields one list a step: for each question, pages in order, the id of its next token, or None once it has ended; the
     end-of-turn token is the last one yielded.
     """
@@ -27,8 +28,9 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
             positions.append(prompt.positions[last])
             branch_of.append(branch)
             page_of.append(page)
-    caches = [Cache(model.config.language, len(prompt.ids) + page_of.count(page) * max_new_tokens, device, model.dtype)
-              for page, (_, prompt) in enumerate(pages)]
+    caches = caches or [Cache(model.config.language, 0, device, model.dtype) for _ in pages]
+    for page, (_, prompt) in enumerate(pages):
+        caches[page].reserve(len(prompt.ids) + page_of.count(page) * max_new_tokens)
     asked = [torch.tensor([place for place, of in zip(places, page_of) if of == page], dtype=torch.long) for page in range(len(pages))]
     hidden = model.read(batch, caches, asked)                               # (questions, D)
     open_questions = list(range(len(places)))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import checkpoint
+from model.chat import Chat
 from model.language import Decoder, look_back
 from model.projector import Projector
 from model.prompt import IMAGE_TOKEN, NOT_LEARNED, special_id
@@ -65,6 +66,10 @@ class InternVL(nn.Module):
     def save_pretrained(self, folder):
         """Write a model folder in the official layout: names, files, and every tensor in the dtype it was loaded in."""
         checkpoint.save(self, folder)
+
+    def chat(self, **settings):
+        """A conversation with this model: `chat.ask("What is the total?", image)`. See `Chat`."""
+        return Chat(self, **settings)
 
     @property
     def device(self):

@@ -24,7 +24,7 @@ from model.layers import Linear, RMSNorm
 
 
 class Cache:
-    """Keys and values of one page's tokens so far, in every layer; allocated once for `capacity` tokens."""
+    """Keys and values of one page's tokens so far, in every layer; `reserve` makes room before they are put in."""
 
     def __init__(self, config, capacity, device, dtype):
         shape = (config.layers, config.kv_heads, capacity, config.head_width)
@@ -37,6 +37,19 @@ class Cache:
         stop = start + k.shape[1]
         self.keys[layer, :, start:stop], self.values[layer, :, start:stop] = k, v
         return self.keys[layer, :, :stop], self.values[layer, :, :stop]
+
+    def reserve(self, more):
+        """Make room for `more` tokens beside those held."""
+        held = len(self.branches)
+        if held + more > self.keys.shape[2]:
+            for name, old in (("keys", self.keys), ("values", self.values)):
+                new = old.new_empty((*old.shape[:2], held + more, old.shape[3]))
+                new[:, :, :held] = old[:, :, :held]
+                setattr(self, name, new)
+
+    def truncate(self, tokens):
+        """Forget all but the first `tokens`; their room stays."""
+        self.branches = self.branches[:tokens]
 
 
 @dataclass

@@ -116,26 +116,30 @@ def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_
     return prompt, too_long
 
 
-def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns):
+def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns, images=None):
     """Write one conversation: a prompt of branch 0 alone.
 
     `tiles`: tiles of each image, in order. `turns`: (question, answer) pairs; the last answer may be None, to be generated.
     Each image takes the place of the next "<image>" in the questions; without any, the images come first, one to a line.
+    `images`: how many of them belong to each turn; a turn's places take no others.
     Raises InputError for fewer places than images.
     """
-    places = sum(question.count(PLACEHOLDER) for question, _ in turns)
-    if tiles and not places:
+    places = [question.count(PLACEHOLDER) for question, _ in turns]
+    if images is None and tiles and not any(places):
         turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
-    elif places < len(tiles):
-        raise InputError(f"{len(tiles)} images, but {places} {PLACEHOLDER} in the question: write one for each image, or none")
-    writer, images = Writer(tokenizer, tokens_per_tile), iter(tiles)
+    else:
+        for there, wanted in zip(places, images) if images else [(sum(places), len(tiles))]:
+            if there < wanted:
+                raise InputError(f"{wanted} images, but {there} {PLACEHOLDER} in the question: "
+                                 "write one for each image, or none")
+    writer, waiting = Writer(tokenizer, tokens_per_tile), iter(tiles)
     writer.system()
     for i, (question, answer) in enumerate(turns):
         if i:
             writer.special(START)
         writer.text("user\n")
         for j, part in enumerate(question.split(PLACEHOLDER)):
-            count = next(images, None) if j else None
+            count = next(waiting, None) if 0 < j <= (images[i] if images else len(tiles)) else None
             if count is not None:
                 writer.image(count)
             elif j:

@@ -63,6 +63,16 @@ def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference,
     assert answers(wide, [(stacked, prompt)], 16) == [reference_answer(wide_reference, wide, stacked, prompt, 16)]
 
 
+def test_a_batch_of_8_pages_of_different_sizes_equals_the_reference(tiny):
+    """Each page alone in the reference, all together here; also two images, and none."""
+    sizes = [[1], [3], [5], [2, 1], [], [4], [7], [1, 1]]
+    pages = [(torch.cat(tiles_of(*numbers)) if numbers else [],
+              conversation_prompt(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
+    reference, end = reference_model(tiny), tiny.tokenizer.eos_token_id
+    expected = [reference_answer(reference, tiny, tiles, prompt, 12) for tiles, prompt in pages]
+    assert answers(tiny, pages, 12) == [answer[:answer.index(end) + 1] if end in answer else answer for answer in expected]
+
+
 def test_branches_answered_together_equal_each_alone(tiny):
     together, alone = pages_of(tiny, ["A?", "Which of them is it?", "<img>?"], 2)
     assert answers(tiny, [together], 12) == [answers(tiny, [page], 12)[0] for page in alone]

@@ -1,0 +1,187 @@
+"""How does a conversation go on? Every token is read once: keys and values stay, and a turn costs its own tokens only.
+
+    turn 1   <|im_start|>system ... user\n <img> 1,792 image tokens </img>\n What is the date?      read: 1,848 tokens
+             January 8, 1993.                                                                       read as they are chosen
+    turn 2   <|im_end|><|im_start|>user\n And the total?                                            read: 13 tokens
+
+The conversation is written anew for each turn, as a stateless program would; what the cache holds of it already, token by
+token and image by image, is not read again. So taking a turn back, or an answer whose text is tokenised otherwise than it
+was generated, needs no rule of its own.
+"""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model.errors import InputError
+from model.generate import generate
+from model.language import Cache
+from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, conversation_prompt, special_id
+from model.tiling import choose_grid, read_image, tile_page
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image or a video frame of a conversation."""
+    image: Image.Image
+    tiles: np.ndarray                           # uint8 (n, 3, 448, 448)
+    grid: tuple[int, int]                       # columns and rows of them, the thumbnail left out
+    label: str = ""                             # what the model reads before it
+    tokens: torch.Tensor | None = None          # (256 n, D), once it was seen
+
+
+@dataclass
+class Turn:
+    question: str                               # with an "<image>" for every picture
+    answer: str | None
+    pictures: list[Picture] = field(default_factory=list)
+
+
+class Chat:
+    """A conversation with a model. `turns` are what was said, `waiting` the pictures for the next question.
+
+    `max_tiles`: tiles an image may be cut into, thumbnail not counted. The others are those of `generate`.
+    """
+
+    def __init__(self, model, max_tiles=12, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
+        self.model, self.max_tiles = model, max_tiles
+        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        self.clear()
+
+    def clear(self):
+        """Forget everything that was said and shown."""
+        self.turns, self.waiting, self.report, self.read = [], [], None, 0
+        self.cache, self.held = Cache(self.model.config.language, 0, self.model.device, self.model.dtype), []
+
+    @property
+    def pictures(self):
+        """All pictures of the conversation, in order."""
+        return [picture for turn in self.turns for picture in turn.pictures] + self.waiting
+
+    def add_image(self, image):
+        """Show an image with the next question. `image`: Pillow image, path, or bytes of an image file. Raises InputError."""
+        self.waiting.append(self.picture(image, len(self.pictures) + 1))
+
+    def add_video(self, frames):
+        """Show a video with the next question: its `frames`, Pillow images (see `model.video.read_video`), one tile each."""
+        self.waiting += [self.cut(frame, 1, f"Frame{i}: ") for i, frame in enumerate(frames, 1)]
+
+    def picture(self, image, number):
+        if not isinstance(image, Image.Image):
+            image = read_image(image, str(image) if isinstance(image, (str, Path)) else "it")
+        # the images of the first question stand alone; later ones are numbered, as in the official multi-image prompt
+        return self.cut(image, self.max_tiles, f"Image-{number}: " if self.turns else "")
+
+    def cut(self, image, max_tiles, label):
+        size = self.model.config.vision.tile_pixels
+        tiles = tile_page(image, max_tiles, size, self.model.config.thumbnail)
+        return Picture(image, tiles, choose_grid(*image.size, max_tiles, size), label)
+
+    def undo(self):
+        """Take the last question back; its pictures wait for the next one. Raises InputError where there is none."""
+        if not self.turns:
+            raise InputError("there is no question to take back")
+        self.waiting = self.turns.pop().pictures + self.waiting
+
+    def ask(self, question, *images, **settings):
+        """The answer to `question`, about `images` and all that was said before. See `stream`."""
+        return "".join(self.stream(question, *images, **settings))
+
+    def stream(self, question, *images, **settings):
+        """Yield the answer's text as it comes, never half a character.
+
+        `images`: as `add_image` takes them; an "<image>" in the question says where one belongs, else they come first, one
+        to a line. `settings`: max_new_tokens, temperature, top_p, seed, for this question only.
+        A generator that is closed before its end, or interrupted, leaves the answer so far in the conversation; before the
+        first token, nothing. `report` then tells what was read and answered, `read` how many tokens were new.
+        Raises InputError for an empty question, and for what the model has no positions for.
+        """
+        settings = self.settings | settings
+        if not question.strip():
+            raise InputError("the question is empty; write what you want to know")
+        pictures = self.pictures
+        for image in images:
+            pictures.append(self.picture(image, len(pictures) + 1))
+        turn = Turn(question, None, pictures[len(self.pictures) - len(self.waiting):])
+        if PLACEHOLDER not in question:
+            turn.question = "".join(f"{picture.label}{PLACEHOLDER}\n" for picture in turn.pictures) + question
+        prompt, keys = self.write([*self.turns, turn], pictures)
+        most = self.model.config.language.max_positions
+        if len(prompt.ids) + settings["max_new_tokens"] > most:
+            raise InputError(f"{len(prompt.ids)} tokens of prompt and {settings['max_new_tokens']} of answer exceed "
+                             f"the model's {most}; ask with fewer tiles, images or words, or for a shorter answer")
+        same = next((i for i, (old, new) in enumerate(zip(self.held, keys)) if old != new), min(len(self.held), len(keys)))
+        same = min(same, len(keys) - 1)                 # something is to be read, or nothing would be predicted
+        self.held, self.read = keys[:same], len(keys) - same
+        self.cache.truncate(same)
+        started, first, tokens, shown = time.perf_counter(), None, [], ""
+        try:
+            for [token] in generate(self.model, [self.unread(prompt, keys, same)], image_tokens=self.look(keys[same:]),
+                                    caches=[self.cache], **settings):
+                first = first or time.perf_counter()
+                self.held = keys + tokens               # a token is read when the next one is asked for
+                tokens.append(token)
+                text = decode(self.model, tokens)
+                half = text.endswith("\N{REPLACEMENT CHARACTER}")       # of a character: wait for the rest of its bytes
+                if len(text) > len(shown) and not half:
+                    yield text[len(shown):]
+                    shown = text
+            if len(text) > len(shown):
+                yield text[len(shown):]
+        finally:
+            self.cache.truncate(len(self.held))         # interrupted inside a layer it may hold part of a token
+            if tokens:
+                seconds = time.perf_counter() - first
+                turn.answer = decode(self.model, tokens)
+                self.turns.append(turn)
+                self.waiting = []
+                self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in pictures],
+                                       len(prompt.ids), first - started,
+                                       (len(tokens) - 1) / seconds if len(tokens) > 1 else None)
+
+    def write(self, turns, pictures):
+        """The prompt, and what each of its tokens is: its id or, of an image token, the picture that it shows a part of."""
+        tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
+        prompt = conversation_prompt(tokenizer, size, [len(picture.tiles) for picture in pictures],
+                                     [(turn.question, turn.answer) for turn in turns], [len(turn.pictures) for turn in turns])
+        image_id = special_id(tokenizer, IMAGE_TOKEN)
+        shown = iter([picture for picture in pictures for _ in range(len(picture.tiles) * size)])
+        return prompt, [next(shown) if token == image_id else token for token in prompt.ids]
+
+    def unread(self, prompt, keys, same):
+        """The (tiles, prompt) that is not in the cache."""
+        tiles = [picture.tiles for picture in new_pictures(keys[same:])]
+        return np.concatenate(tiles) if tiles else [], without_beginning(prompt, same)
+
+    @torch.inference_mode()
+    def look(self, keys):
+        """Image tokens of all pictures among `keys`, (n, D); each picture is seen once."""
+        pictures = new_pictures(keys)
+        for picture in pictures:
+            if picture.tokens is None:
+                picture.tokens = self.model.see(torch.as_tensor(picture.tiles).to(self.model.device))
+        return torch.cat([picture.tokens for picture in pictures]) if pictures else None
+
+
+def without_beginning(prompt, tokens):
+    """What is left of a prompt to be read when its first `tokens` are in the cache."""
+    return Prompt(prompt.ids[tokens:], prompt.labels[tokens:], prompt.positions[tokens:], prompt.branches[tokens:])
+
+
+def new_pictures(keys):
+    return list(dict.fromkeys(key for key in keys if isinstance(key, Picture)))
+
+
+def decode(model, tokens):
+    """The text of an answer's tokens."""
+    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def describe(model, question, tokens, tiles, prompt_tokens, prefill_seconds, decode_tokens_per_second):
+    """What `infer.py --json` prints of an answer. `tiles`: of each image; `prompt_tokens`: of the whole conversation."""
+    return {"question": question, "answer": decode(model, tokens), "tokens": tokens, "tiles": tiles,
+            "prompt_tokens": prompt_tokens, "prefill_seconds": prefill_seconds,
+            "decode_tokens_per_second": decode_tokens_per_second}

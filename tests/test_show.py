@@ -1,0 +1,68 @@
+"""The tiles drawn are the tiles read; the weights of attention are those that the model uses."""
+import random
+
+import torch
+from PIL import Image, ImageChops
+
+from model import InternVL
+from model.show import EDGE, attention, draw_attention, draw_tiles
+from model.tiny.pages import CELL, draw_page, glyph
+from reference import reference_model, reference_pixels
+
+
+def test_the_tiles_drawn_are_the_tiles_read(tiny):
+    chat = tiny.chat()
+    chat.add_image(Image.effect_noise((300, 200), 90))
+    [picture] = chat.pictures
+    drawn = draw_tiles(chat, picture)
+    assert picture.grid == (3, 2) and len(picture.tiles) == 7 and drawn.size == (4 * 128 + 5 * EDGE, 2 * 128 + 4 * EDGE)
+    for i, (column, row) in enumerate([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]):
+        x, y = EDGE + (128 + EDGE) * column, EDGE + (128 + EDGE) * row
+        inside, read = drawn.crop((x, y, x + 128, y + 128)), Image.fromarray(picture.tiles[i].transpose(1, 2, 0))
+        assert ImageChops.difference(inside, read).getbbox() is None
+
+
+def test_attention_is_what_the_reference_tells(tiny):
+    chat = tiny.chat(max_new_tokens=6)
+    chat.ask("What is it?", Image.effect_noise((200, 100), 90))
+    reference = reference_model(tiny)
+    reference.set_attn_implementation("eager")
+    ids = [key if isinstance(key, int) else reference.config.image_token_id for key in chat.held]
+    with torch.no_grad():
+        weights = reference(input_ids=torch.tensor([ids]), pixel_values=reference_pixels(chat.pictures[0].tiles), output_attentions=True).attentions
+    places = [i for i, key in enumerate(chat.held) if not isinstance(key, int)]
+    expected = torch.stack(weights)[:, 0].mean(dim=(0, 1))[-6:].mean(dim=0)[places]
+    torch.testing.assert_close(attention(chat), expected, rtol=1e-4, atol=1e-6)
+    tokens = chat.report["tokens"]
+    chat.ask("And now?")                                                    # looking changed nothing in the cache
+    assert len(tokens) == 6 and chat.read < 60
+
+
+def row_of(page, text):
+    """The row of a drawn page of 8 x 8 characters in which `text` stands."""
+    drawn = Image.new("L", (len(text) * CELL, CELL))
+    for i, character in enumerate(text):
+        drawn.paste(glyph(character, "plain"), (i * CELL, 0))
+    return next(row for row in range(8) if page.crop((0, row * CELL, drawn.width, (row + 1) * CELL)).tobytes() == drawn.tobytes())
+
+
+def test_the_embedded_model_looks_where_the_answer_stands():
+    """Over pages of one tile whose question it answers, the value's row is looked at more than the mean row."""
+    chat, more = InternVL.from_pretrained("tiny", "cpu").chat(), []
+    for seed in range(12):
+        page, [(question, answer), *_] = draw_page(random.Random(f"test {seed}"), "plain", (8, 8))
+        chat.clear()
+        if chat.ask(question, page) == answer:
+            heat = attention(chat).reshape(8, 8).sum(dim=1)
+            more.append((heat[row_of(page, answer)] / heat.mean()).item())
+    assert len(more) >= 8 and sum(more) / len(more) > 1.5
+
+
+def test_the_heat_lies_on_the_page(tiny):
+    page = Image.new("L", (256, 128), 255)
+    chat = tiny.chat(max_new_tokens=4)
+    chat.ask("What?", page, Image.new("L", (128, 128), 255))
+    drawn = draw_attention(chat)
+    assert drawn.size == (256, 256) and drawn.mode == "RGB" and CELL * 8 == 128
+    red, _, blue = drawn.crop((0, 0, 256, 128)).split()
+    assert ImageChops.subtract(red, blue).getbbox()

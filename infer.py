@@ -2,25 +2,51 @@
 
     python infer.py --model runs/my-run --image receipt.png "What is the total amount?"
     python infer.py --image a.png --image b.png "What differs between the two pages?"
+    python infer.py --video clip.mp4 "What happens?"                              8 frames; needs pip install av, a GIF does not
+    python infer.py --web                                                         the same in a browser
     python infer.py --image https://example.com/page.jpg                          no question: a chat
     python infer.py --questions questions.jsonl --batch 8 > answers.jsonl         {"question", "images"} a line
+    python infer.py --folder scans --out answers.jsonl "What is the date?"        the same of every image, goes on when repeated
 
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
+import argparse
+import contextlib
+import itertools
 import json
+import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from model import InputError, InternVL
+from model.chat import describe, without_beginning
 from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
+from model.int8 import to_int8
+from model.language import Cache
 from model.network import fetch
-from model.prompt import PLACEHOLDER, conversation_prompt
+from model.prompt import PLACEHOLDER, conversation_prompt, page_prompt
+from model.show import draw_attention, draw_tiles
 from model.tiling import read_image, tile_page
+from model.video import read_video
+from model.web import Server
+
+SETTINGS = {                                    # of an answer, each with its type
+    "max_tiles": whole_number(1, 128), "max_new_tokens": whole_number(1), "temperature": real_number(0, 1000),
+    "top_p": real_number(1e-6, 1), "seed": whole_number(0)}
+COMMANDS = """/image PATH|URL          show an image with the next question
+/video PATH              show a video with it
+/undo                    take the last question back; its images wait for the next one
+/clear                   forget everything, images too
+/settings [NAME VALUE]   see or change """ + ", ".join(SETTINGS)
+PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # what an answer must not send to a terminal: it could be an order
 
 
 def parse_arguments():
@@ -28,25 +54,49 @@ def parse_arguments():
     parser.add_argument("question", nargs="?", help="what to ask; none: a chat, or one question a line from standard input")
     parser.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
-    parser.add_argument("--image", action="append", default=[], metavar="PATH|URL", help="an image; may be given several times")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH|URL",
+                        help="an image, a PDF (scan.pdf#2: its second page), - for standard input; may be given several times")
     parser.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
+    parser.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
+    parser.add_argument("--frames", type=whole_number(1), default=8, help="frames seen of a video, one tile each (%(default)s)")
+    parser.add_argument("--span", type=real_number(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
     parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
-    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions answered at once (%(default)s)")
-    parser.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=whole_number(1), default=512, help="longest answer (%(default)s)")
-    parser.add_argument("--temperature", type=real_number(0, 1000), default=0.0, help="0: always the likeliest token (%(default)s)")
-    parser.add_argument("--top-p", type=real_number(1e-6, 1), default=1.0, help="draw from the likeliest tokens of this probability (%(default)s)")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of drawn tokens (%(default)s)")
+    parser.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder")
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions or --folder answered at once (%(default)s)")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
+    parser.add_argument("--max-tiles", type=SETTINGS["max_tiles"], default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=SETTINGS["max_new_tokens"], default=512, help="longest answer (%(default)s)")
+    parser.add_argument("--temperature", type=SETTINGS["temperature"], default=0.0, help="0: always the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=SETTINGS["top_p"], default=1.0, help="draw from the likeliest tokens of this probability (%(default)s)")
+    parser.add_argument("--seed", type=SETTINGS["seed"], default=0, help="of drawn tokens (%(default)s)")
     parser.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--web", action="store_true", help="the chat in a browser, for this machine alone")
+    parser.add_argument("--port", type=whole_number(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
+    parser.add_argument("--show", metavar="FILE.png", help="draw the first image as it is cut into tiles")
+    parser.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens looked on the images")
+    parser.add_argument("--int8", action="store_true", help="weights of a byte: least memory, faster with bfloat16 on a CPU")
     parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
     if parser.parse_args().tiny:
         parser.set_defaults(model="tiny", device="cpu")
     arguments = parser.parse_args()
-    if arguments.questions and (arguments.question is not None or arguments.image):
-        parser.error("--questions names the questions and images itself; give no QUESTION and no --image beside it")
+    if arguments.questions and (arguments.question is not None or arguments.image or arguments.video):
+        parser.error("--questions names the questions and images itself; give no QUESTION and no --image or --video beside it")
+    if arguments.folder and (arguments.question is None or arguments.image or arguments.video or arguments.questions):
+        parser.error("--folder asks one QUESTION of the images in a folder; give one, and no --image, --video or --questions")
+    if arguments.out and not (arguments.questions or arguments.folder):
+        parser.error("--out is for the answers of --questions or --folder")
+    pictures = bool(arguments.image or arguments.video) and arguments.question is not None
+    if (arguments.attend or arguments.show) and not pictures:
+        parser.error("--show and --attend are for a QUESTION about an --image or a --video")
+    if arguments.web and (arguments.question is not None or arguments.image or arguments.video or arguments.questions):
+        parser.error("--web takes images and questions in the browser; give none beside it")
+    if "-" in arguments.image and arguments.question is None:
+        parser.error("--image - reads the image from standard input; give a QUESTION beside it")
     if arguments.question is not None:
         arguments.question = clean(arguments.question)
+        if not arguments.question.strip():
+            parser.error("the question is empty; write what you want to know")
     return arguments
 
 
@@ -62,83 +112,141 @@ def load_image(source, allow_private=False):
     return read_image(source, source)
 
 
-def cut_images(model, images, max_tiles):
-    """The tiles of each Pillow image, uint8 (n, 3, 448, 448)."""
-    config = model.config
-    return [tile_page(image, max_tiles, config.vision.tile_pixels, config.thumbnail) for image in images]
+def load_images(source, allow_private=False):
+    """The Pillow images behind a path, an address, - for standard input, or a PDF's pages. Raises InputError."""
+    if source == "-":
+        return [read_image(sys.stdin.buffer.read(), "standard input")]
+    path, _, number = source.rpartition("#") if re.search(r"\.pdf#\d+$", source, re.IGNORECASE) else (source, "", "")
+    if "://" in source or not path.lower().endswith(".pdf"):
+        return [load_image(source, allow_private)]
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise InputError(f"{source}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
+    try:
+        with pypdfium2.PdfDocument(path) as document:
+            pages = [int(number) - 1] if number else range(len(document))
+            if len(pages) > PDF_PAGES:
+                raise InputError(f"{source}: {len(pages)} pages, at most {PDF_PAGES} at once; choose one with {source}#1")
+            return [document[page].render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
+    except (OSError, IndexError, pypdfium2.PdfiumError) as error:
+        raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
 
 
-def make_prompt(model, tiles, turns, max_new_tokens):
-    """Tiles of all images in one array, and the prompt. Raises InputError for what the model has no positions for."""
-    prompt = conversation_prompt(model.tokenizer, model.config.tokens_per_tile, [len(t) for t in tiles], turns)
-    most = model.config.language.max_positions
-    if len(prompt.ids) + max_new_tokens > most:
-        raise InputError(f"{len(prompt.ids)} tokens of prompt and {max_new_tokens} of answer exceed the model's {most}; "
-                         "lower --max-tiles or --max-new-tokens, or ask with fewer images or words")
-    return np.concatenate(tiles) if tiles else [], prompt
-
-
-def ask(model, arguments, turns, tiles, show=lambda text: None):
-    """Answer the last of `turns`, calling `show` with each piece of text as it comes. Returns the object that --json prints."""
-    page = make_prompt(model, tiles, turns, arguments.max_new_tokens)
-    started, first, tokens, shown = time.perf_counter(), None, [], ""
-    for step in generate(model, [page], arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed):
-        first = first or time.perf_counter()
-        tokens += step
-        text = decode(model, tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):          # half a character: wait for the rest of its bytes
-            show(text[len(shown):])
-            shown = text
-    show(decode(model, tokens)[len(shown):])
-    finished = time.perf_counter()
-    return describe(model, turns[-1][0], tokens, tiles, page, first - started,
-                    (len(tokens) - 1) / (finished - first) if len(tokens) > 1 else None)
-
-
-def decode(model, tokens):
-    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-
-def describe(model, question, tokens, tiles, page, prefill_seconds, decode_tokens_per_second):
-    return {"question": question, "answer": decode(model, tokens), "tokens": tokens, "tiles": [len(t) for t in tiles],
-            "prompt_tokens": len(page[1].ids), "prefill_seconds": prefill_seconds,
-            "decode_tokens_per_second": decode_tokens_per_second}
-
-
-def answer_one(model, arguments, turns, tiles, one_line=False):
-    """Ask and print, as the answer comes or, for `one_line`, when it is whole; returns the answer."""
-    if arguments.json:
-        result = ask(model, arguments, turns, tiles)
-        print(json.dumps(result, ensure_ascii=False), flush=True)
-    elif one_line:
-        result = ask(model, arguments, turns, tiles)
-        print(" ".join(result["answer"].split()), flush=True)
+def answer_one(chat, question, as_json=False, one_line=False):
+    """Ask and print, as the answer comes or, for `as_json` and `one_line`, when it is whole."""
+    with contextlib.closing(chat.stream(question)) as pieces:
+        for text in pieces:
+            if not (as_json or one_line):
+                print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
+    if as_json:
+        print(json.dumps(chat.report, ensure_ascii=False), flush=True)
     else:
-        result = ask(model, arguments, turns, tiles, show=lambda text: print(text, end="", flush=True))
-        print(flush=True)
-    return result["answer"]
+        print(" ".join(chat.report["answer"].split()) if one_line else "", flush=True)
 
 
-def chat(model, arguments, tiles):
+def converse(chat, as_json=False, allow_private=False):
     """Questions from the terminal or, one a line, from standard input; each sees the conversation before it."""
-    turns, typed = [], sys.stdin.isatty()
-    while True:
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):              # not on Windows, whose terminal has a history of its own
+            import readline                                 # noqa: F401: input() then has arrow keys and a history
+        tell(f"{pictures_shown(chat)}Ask; /help tells the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+    while (line := next_line(typed)) is not None:
+        try:
+            if re.match(r"/[a-z]+(\s|$)", line):
+                tell(obey(chat, line, allow_private))
+            elif line:
+                answer_one(chat, line, as_json, one_line=not typed)
+                if typed:
+                    tell(how_it_went(chat))
+        except InputError as error:
+            if not typed:
+                raise
+            tell(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            if not typed:
+                raise
+            tell("\n(stopped)")
+
+
+def tell(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def next_line(typed):
+    """The next line, or None at the end. Ctrl-C at the prompt gives up the line, not the chat."""
+    try:
+        if typed and sys.stdout.isatty():
+            return clean(input("> ").strip())
         print("> " if typed else "", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        if not line:
-            return
-        question = clean(line.strip())
-        if not question:
-            continue
-        if not turns and PLACEHOLDER not in question:           # the images keep this place in the turns to come
-            question = f"{PLACEHOLDER}\n" * len(tiles) + question
-        answer = answer_one(model, arguments, [*turns, (question, None)], tiles, one_line=not typed)
-        turns.append((question, answer))
+        return clean(line.strip()) if line else None
+    except EOFError:
+        tell("")
+        return None
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+        tell("")
+        return ""
 
 
-def answer_file(model, arguments):
-    """Answer the questions of a jsonl file, --batch at a time; print one object a line, in the file's order."""
-    path = Path(arguments.questions)
+def obey(chat, line, allow_private):
+    """Do what a /command says; returns what there is to tell. Raises InputError."""
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if command == "/image" and rest:
+        for image in load_images(rest, allow_private):
+            chat.add_image(image)
+        return pictures_shown(chat).rstrip()
+    if command == "/video" and rest:
+        chat.add_video(read_video(rest))
+        return pictures_shown(chat).rstrip()
+    if command == "/undo":
+        chat.undo()
+        return f"taken back; {len(chat.turns)} before it" + ("; its images wait for the next question" if chat.waiting else "")
+    if command == "/clear":
+        chat.clear()
+        return "all forgotten, images too"
+    if command == "/settings":
+        if rest:
+            change_setting(chat, *rest.partition(" ")[::2])
+        return ", ".join(f"{name} {value}" for name, value in (chat.settings | {"max_tiles": chat.max_tiles}).items())
+    if command == "/help":
+        return COMMANDS
+    raise InputError(f"{line}: not a command; there are {', '.join(re.findall('^/.*?(?=  )', COMMANDS, re.MULTILINE))}")
+
+
+def change_setting(chat, name, value):
+    try:
+        value = SETTINGS[name](value.strip())
+    except KeyError as error:
+        raise InputError(f"{name}: no setting; there are {', '.join(SETTINGS)}") from error
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{name}: {error}; give a number, like /settings {name} 1") from error
+    if name == "max_tiles":
+        chat.max_tiles = value
+    else:
+        chat.settings[name] = value
+
+
+def pictures_shown(chat):
+    """A line for each picture that waits for the next question."""
+    first = len(chat.pictures) - len(chat.waiting) + 1
+    return "".join(f"image {i}: {picture.image.width} x {picture.image.height} pixels, {len(picture.tiles)} tiles\n"
+                   for i, picture in enumerate(chat.waiting, first))
+
+
+def how_it_went(chat):
+    report = chat.report
+    speed = report["decode_tokens_per_second"]
+    return (f"[{sum(report['tiles'])} tiles, {report['prompt_tokens']:,} tokens, {chat.read:,} of them new; first token after "
+            f"{report['prefill_seconds']:.2f} s" + (f", then {speed:.1f} a second]" if speed else "]"))
+
+
+def read_questions(path):
+    """The (question, images) of a jsonl file. Raises InputError that names the line."""
     asked = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -151,38 +259,152 @@ def answer_file(model, arguments):
                 images = [entry["images"]] if isinstance(entry.get("images"), str) else entry.get("images") or []
                 # a path is taken from here or, if there is no such file, from beside the questions
                 images = [str(path.parent / i) if "://" not in i and not Path(i).exists() else i for i in images]
+                if not entry["question"].strip():
+                    raise ValueError("the question is empty")
                 asked.append((clean(entry["question"]), images))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}:{number}: not a question ({type(error).__name__}: {error}); expected "
                              '{"question": "...", "images": ["..."]}') from error
-    for start in range(0, len(asked), arguments.batch):
-        batch = asked[start:start + arguments.batch]
-        loaded = [[load_image(image, arguments.allow_private) for image in images] for _, images in batch]
-        tiles = [cut_images(model, images, arguments.max_tiles) for images in loaded]
-        pages = [make_prompt(model, t, [(question, None)], arguments.max_new_tokens) for t, (question, _) in zip(tiles, batch)]
-        started, times = time.perf_counter(), []
-        steps = []
-        for step in generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed):
+    return asked
+
+
+def folder_questions(folder, question):
+    """The same question about every image and PDF of a folder, by name."""
+    suffixes = {*Image.registered_extensions(), ".pdf"}
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error}); expected a folder of images") from error
+    return [(question, [str(path)]) for path in paths]
+
+
+def go_on(path, asked):
+    """A file of answers to be added to, and how many of the questions it answers already."""
+    try:
+        if path.exists():                                   # an interrupted run may leave half a line
+            data = path.read_bytes()
+            data = data[:data.rfind(b"\n") + 1]
+            answered = [json.loads(line)["question"] for line in data.splitlines()]
+            if answered != [question for question, _ in asked[:len(answered)]]:
+                raise ValueError("they are not the first of these questions")
+            os.truncate(path, len(data))
+        else:
+            answered = []
+        return path.open("a", encoding="utf-8"), len(answered)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: its answers cannot be gone on with ({error}); give another --out") from error
+
+
+def answer_many(model, arguments, asked, name_images):
+    """Answer (question, sources) pairs, --batch at a time, and print one object a line, in their order.
+
+    A page is read once for all questions about it: they are brought together, and branch off its prefix. A question that
+    says where its images go has a prefix of its own.
+    """
+    out, done = go_on(Path(arguments.out), asked) if arguments.out else (sys.stdout, 0)
+    page_of = [(tuple(sources), question if sources and PLACEHOLDER in question else None) for question, sources in asked]
+    first = {page: i for i, page in reversed(list(enumerate(page_of)))}
+    order = sorted(range(done, len(asked)), key=lambda i: first[page_of[i]])
+    held, results = None, {}
+    for start in range(0, len(order), arguments.batch):
+        pages, caches, tiles_of = [], [], []
+        for page, group in itertools.groupby(order[start:start + arguments.batch], key=page_of.__getitem__):
+            if held is None or held[0] != page:
+                images = [image for source in page[0] for image in load_images(source, arguments.allow_private)]
+                tiles = cut_images(model, images, arguments.max_tiles)
+                held = page, tiles, Cache(model.config.language, 0, model.device, model.dtype)
+            _, tiles, cache = held
+            group = list(group)
+            prompt = write_page(model, tiles, [asked[i][0] for i in group], arguments.max_new_tokens)
+            prefix = prompt.branches.count(0) if page[1] is None and len(cache.branches) else 0     # read in the batch before
+            cache.truncate(prefix)
+            pages.append(([] if prefix else np.concatenate(tiles) if tiles else [], without_beginning(prompt, prefix)))
+            caches.append(cache)
+            tiles_of += [tiles] * len(group)
+        times, steps, started = [], [], time.perf_counter()
+        for step in generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed,
+                             caches=caches):
             steps.append(step)
             times.append(time.perf_counter() - started)
-        for (question, _), t, page, column in zip(batch, tiles, pages, zip(*steps)):
+        for i, tiles, column in zip(order[start:], tiles_of, zip(*steps)):
             tokens = [token for token in column if token is not None]
             n = len(tokens)
             speed = (n - 1) / (times[n - 1] - times[0]) if n > 1 else None
-            print(json.dumps(describe(model, question, tokens, t, page, times[0], speed), ensure_ascii=False), flush=True)
+            length = len(write_page(model, tiles, [asked[i][0]], arguments.max_new_tokens).ids)
+            results[i] = describe(model, asked[i][0], tokens, [len(t) for t in tiles], length, times[0], speed)
+            if name_images:
+                results[i]["images"] = asked[i][1]
+        while done in results:
+            print(json.dumps(results.pop(done), ensure_ascii=False), file=out, flush=True)
+            done += 1
+
+
+def cut_images(model, images, max_tiles):
+    """The tiles of each Pillow image, uint8 (n, 3, 448, 448)."""
+    config = model.config
+    return [tile_page(image, max_tiles, config.vision.tile_pixels, config.thumbnail) for image in images]
+
+
+def write_page(model, tiles, questions, max_new_tokens):
+    """The prompt of questions about one page, to be answered. Raises InputError for what the model has no positions for."""
+    counts, size, most = [len(t) for t in tiles], model.config.tokens_per_tile, model.config.language.max_positions
+    if tiles and PLACEHOLDER in questions[0]:
+        prompt = conversation_prompt(model.tokenizer, size, counts, [(questions[0], None)])
+    else:
+        prompt, _ = page_prompt(model.tokenizer, size, counts, questions)
+    longest = max(prompt.positions) + 1
+    if longest + max_new_tokens > most:
+        raise InputError(f"{longest} tokens of prompt and {max_new_tokens} of answer exceed the model's {most}; "
+                         "ask with fewer tiles, images or words, or for a shorter answer")
+    return prompt
+
+
+def browse(model, port, settings):
+    try:
+        server = Server(model, port, **settings)
+    except OSError as error:
+        raise InputError(f"--port {port}: cannot be listened on ({error}); give another one, or 0 for a free one") from error
+    tell(f"http://127.0.0.1:{server.server_port}   Ctrl-C ends")
+    server.serve_forever()
+
+
+def save_picture(picture, path):
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png in a folder that exists") from error
 
 
 def main():
     arguments = parse_arguments()
-    images = [load_image(source, arguments.allow_private) for source in arguments.image]        # before the model: told at once
-    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    # before the model: a wrong path is told at once
+    images = [image for source in arguments.image for image in load_images(source, arguments.allow_private)]
+    frames = read_video(arguments.video, arguments.frames, arguments.span) if arguments.video else []
+    many = None
     if arguments.questions:
-        return answer_file(model, arguments)
-    tiles = cut_images(model, images, arguments.max_tiles)
+        many = read_questions(Path(arguments.questions))
+    elif arguments.folder:
+        many = folder_questions(arguments.folder, arguments.question)
+    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    if arguments.int8:
+        to_int8(model)
+    if many is not None:
+        return answer_many(model, arguments, many, name_images=bool(arguments.folder))
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    if arguments.web:
+        return browse(model, arguments.port, settings)
+    chat = model.chat(**settings)
+    for image in images:
+        chat.add_image(image)
+    chat.add_video(frames)
+    if arguments.show:
+        save_picture(draw_tiles(chat, chat.pictures[0]), arguments.show)
     if arguments.question is not None:
-        answer_one(model, arguments, [(arguments.question, None)], tiles)
+        answer_one(chat, arguments.question, arguments.json)
+        if arguments.attend:
+            save_picture(draw_attention(chat), arguments.attend)
     else:
-        chat(model, arguments, tiles)
+        converse(chat, arguments.json, arguments.allow_private)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 import http.server
 import json
 import random
+import sys
 import threading
 
 import pytest
+from PIL import Image
 
 from commands import call, infer, refuses
+from model.chat import decode
 from model.generate import generate
 from model.prompt import conversation_prompt
 from model.tiling import tile_page
@@ -72,7 +75,89 @@ def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     tiles = tile_page(infer.load_image(str(page)), 12, 128)
     prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
-    assert second == infer.decode(tiny, tokens)
+    assert second == decode(tiny, tokens)
+
+
+def test_commands_change_the_conversation(ask, page, tmp_path):
+    """Lines that begin with /word are commands, from a terminal and from standard input alike."""
+    Image.effect_noise((128, 128), 90).save(tmp_path / "other.png")
+    lines = [f"/image {page}", "What?", f"/image {tmp_path}/other.png", "And this?", "/undo", "And this?", "/clear", "What?",
+             "/settings max_new_tokens 2", "/etc/hosts?"]
+    results = [json.loads(line) for line in ask("--json", stdin="\n".join(lines)).splitlines()]
+    assert [result["tiles"] for result in results] == [[5], [5, 1], [5, 1], [], []]
+    assert results[1]["tokens"] == results[2]["tokens"] and results[0]["tokens"] == json.loads(ask("--json", "--image", page, "What?"))["tokens"]
+    assert results[3]["tokens"] == json.loads(ask("--json", "What?"))["tokens"]
+    assert len(results[4]["tokens"]) == 2 and results[4]["question"] == "/etc/hosts?"
+
+
+def test_int8_answers_too(ask, page):
+    assert json.loads(ask("--image", page, "--int8", "--json", "What?"))["tokens"]
+
+
+def test_a_video_is_shown_frame_by_frame(ask, tmp_path):
+    frames = [Image.effect_noise((90, 100), 90) for _ in range(20)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    whole = json.loads(ask("--video", tmp_path / "clip.gif", "--json", "What happens?"))
+    assert whole["tiles"] == [1] * 8
+    assert json.loads(ask("--json", stdin=f"/video {tmp_path}/clip.gif\nWhat happens?"))["tokens"] == whole["tokens"]
+    part = json.loads(ask("--video", tmp_path / "clip.gif", "--frames", 3, "--span", 0.5, 1, "--json", "What happens?"))
+    assert part["tiles"] == [1] * 3
+
+
+def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_path, capsys, monkeypatch):
+    scans, out = tmp_path / "scans", tmp_path / "answers.jsonl"
+    scans.mkdir()
+    for i, size in enumerate(((128, 128), (300, 100), (100, 300))):
+        Image.effect_noise(size, 90).save(scans / f"{i}.png")
+    (scans / "notes.txt").write_text("not asked")
+    flags = ("--folder", scans, "--batch", 2, "--out", out, "What is the date?")
+    ask(*flags)
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [result["images"] for result in whole] == [[str(scans / f"{i}.png")] for i in range(3)]
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:1]) + b'{"question": "Wha')          # interrupted
+    ask(*flags)
+    assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
+    assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
+
+
+def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):
+    """Also where they are asked one at a time and do not stand side by side; the answers keep the file's order."""
+    from model import InternVL
+    Image.effect_noise((128, 128), 90).save(tmp_path / "other.png")
+    asked = [("A?", ["page.png"]), ("B?", ["other.png"]), ("C?", ["page.png"]), ("D?", []), ("And E?", ["page.png"])]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "images": i}) for q, i in asked))
+    seen, see = [], InternVL.see
+    monkeypatch.setattr(InternVL, "see", lambda model, tiles: seen.append(len(tiles)) or see(model, tiles))
+    for batch, expected in ((1, [5, 1]), (2, [5, 1]), (8, [6])):
+        seen.clear()
+        results = [json.loads(line) for line in ask("--questions", tmp_path / "q.jsonl", "--batch", batch).splitlines()]
+        assert [result["question"] for result in results] == [question for question, _ in asked]
+        assert seen == expected
+    for result, (question, images) in zip(results, asked):
+        alone = json.loads(ask(*[flag for i in images for flag in ("--image", tmp_path / i)], "--json", question))
+        assert (result["tokens"], result["prompt_tokens"]) == (alone["tokens"], alone["prompt_tokens"])
+
+
+def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    Image.open(page).convert("RGB").save(tmp_path / "scan.pdf", resolution=72)
+    assert "pip install pypdfium2" in refuses(infer, capsys, monkeypatch, "--model", folder, "--image", tmp_path / "scan.pdf", "What?")
+    monkeypatch.undo()
+    pytest.importorskip("pypdfium2", reason="needs the package pypdfium2")
+    extra = [Image.new("RGB", (100, 100))]
+    Image.open(page).convert("RGB").save(tmp_path / "scan.pdf", resolution=200, save_all=True, append_images=extra)
+    assert [round(image.width, -1) for image in infer.load_images(str(tmp_path / "scan.pdf"))] == [260, 100]
+    assert [image.size for image in infer.load_images(f"{tmp_path}/scan.pdf#2")] == [(100, 100)]
+    for bad in ("scan.pdf#3", "nowhere.pdf", "scan.pdf#0"):
+        assert "cannot be read as a PDF, or has no such page" in refuses(infer, capsys, monkeypatch, "--model", folder, "--image", tmp_path / bad, "?")
+
+
+@pytest.mark.parametrize("line, message", [
+    ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
+    ("/settings width 3", "width: no setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
+    ("/settings seed x", "seed: invalid literal")])
+def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
+    assert message in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", stdin=line)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -85,16 +170,6 @@ def test_a_file_of_questions_gets_the_same_answers_in_any_batch(ask, page, tmp_p
     for result, (question, images) in zip(results, asked):
         flags = [flag for _ in ([images] if isinstance(images, str) else images) for flag in ("--image", page)]
         assert result["tokens"] == json.loads(ask(*flags, "--json", question))["tokens"]
-
-
-def test_text_is_shown_when_its_characters_are_whole(tiny, folder, page, monkeypatch, capsys):
-    tokens = tiny.tokenizer("你 é😀").input_ids                        # one token a byte
-    monkeypatch.setattr(infer, "generate", lambda *_: ([token] for token in tokens))
-    shown = []
-    monkeypatch.setattr("sys.argv", ["infer.py", "x"])
-    result = infer.ask(tiny, infer.parse_arguments(), [("?", None)], [], show=shown.append)
-    assert "".join(shown) == result["answer"] == "你 é😀" and "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
-    assert [text for text in shown if text] == ["你", " é", "😀"]
 
 
 @pytest.fixture
@@ -141,6 +216,14 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--temperature", "nan", "What?"), "nan is not between"),
     (("--image", "http://a b/x.png", "What?"), "cannot be fetched"),
     (("--questions", "x.jsonl", "What?"), "give no QUESTION"),
+    (("",), "the question is empty"),
+    (("word " * 10_000,), "exceed the model's 2048"),
+    (("--image", "PAGE") * 40 + ("What?",), "exceed the model's 2048"),
+    (("--folder", "nowhere", "What?"), "nowhere: cannot be read"),
+    (("--folder", "nowhere"), "give one, and no --image"),
+    (("--out", "x.jsonl", "What?"), "--out is for the answers"),
+    (("--image", "-"), "give a QUESTION beside it"),
+    (("--video", "nowhere.gif", "What?"), "cannot be read as an animation"),
     (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
     (("--device", "nonsense", "What?"), "try --device cpu"),
     (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
@@ -151,6 +234,6 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
 
 
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
-    for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}"):
+    for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
         assert "q.jsonl:2: not a question" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")

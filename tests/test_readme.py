@@ -1,4 +1,5 @@
 """The README tells no command, file or test that does not exist."""
+import random
 import re
 import shlex
 
@@ -6,6 +7,7 @@ import pytest
 
 from commands import infer, train
 from conftest import ROOT
+from model.tiny.pages import draw_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer)\.py[^`\n|&]*", README)})
@@ -39,7 +41,16 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_code_shown_is_the_code():
-    shown = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    shown = re.search(r"`accumulate_gradients` in.*?```python\n(.*?)```", README, re.DOTALL).group(1)
     source = re.sub(r"\s+", " ", (ROOT / "train.py").read_text())
     for line in shown.splitlines():
         assert re.sub(r"\s+", " ", line).strip() in source
+
+
+def test_the_lines_from_python_run(tmp_path, monkeypatch, capsys):
+    shown = re.search(r"From Python:\n\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    draw_page(random.Random("test 1"), "plain", (8, 8))[0].save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(shown, names)
+    assert len(names["chat"].turns) == 2 and len(capsys.readouterr().out.splitlines()) >= 2

@@ -1,48 +1,121 @@
-"""How does a Hub row become an example?
+"""How does a row, of the Hub or of a file of yours, become an example?
 
     rows of DocumentVQA (one a question)  ->  pages (one image, all its questions)  ->  seeded order  ->  tiles and tokens
-             streamed, not decoded            gathered over a bounded look-ahead         a buffer         in worker processes
+    or of a file  streamed, not decoded       gathered over a bounded look-ahead         a buffer         in worker processes
+
+    python data.py check FILE...                is every row of these files right? file:line and the reason where not
+    python data.py show FILE N                  the N-th example, counted from 0, as the model sees it: tiles and tokens
 
 Rows are read once, in the main process; a DataLoader hands whole pages to its workers, which decode, tile and tokenise.
 Where a page comes in the order depends on the seed and the epoch alone, never on the number of workers. Every page knows from
 which row on the pages after it can be made again (`refill`), so going on in the middle reads no row before that one.
 """
 import hashlib
+import heapq
 import itertools
 import queue
 import random
 import re
 import signal
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model import InputError
-from model.network import Patience, is_trouble, retried
-from model.prompt import Prompt, page_prompt
-from model.tiling import read_image, tile_page
+from model.errors import OneLineParser, run, whole_number
+from model.formats import read_file
+from model.network import Patience, fetch, is_trouble, retried
+from model.prompt import IMAGE_TOKEN, Prompt, branches_prompt, special_id
+from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
 INSTRUCTION = " Answer the question using a single word or phrase."     # as in the official evaluation of DocVQA
 SYNTHETIC = "synthetic"
 COLUMNS = ("image", "question", "answers")                              # what rows must have,
 PAGE_COLUMNS = ("docId", "ucsf_document_page_no")                       # and what tells their pages apart, if they have it
+NAME_COLUMNS = ("questionId", "question_types")                         # and what predictions and scores call them
 PATIENCE = 600                          # seconds without the network, in the middle of a run, before it gives up
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
+GROUPED = 50                            # micro-batches that are formed at a time when pages are grouped by their length
+HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is kept for validation, at least 1, at most 64
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
 
-def open_rows(data, split, seed=0, domains="plain"):
-    """The rows of a split, to be iterated as often as wanted: dicts with DocumentVQA's columns, images not decoded.
+def open_rows(data, split, seed=0, domains="plain", hold_out=True):
+    """The rows of a split, to be iterated as often as wanted: dicts, images not decoded.
 
-    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, or "synthetic" (`synthetic:1` for pages
-    of one tile only), whose pages are drawn from `seed` and look like `domains`.
-    Raises InputError where it cannot be reached or has no such split or columns.
+    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS or the mixture
+    file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), whose pages are drawn from `seed` and look
+    like `domains`. Several, comma-separated, are mixed; `=2` behind one says how often it comes in an epoch.
+    A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all of it.
+    Raises InputError where it cannot be reached or has no such split or columns, or has a malformed row.
     """
+    parts = []
+    for name, weight in named_parts(data):
+        if not Path(name).is_file():
+            parts.append((open_hub_rows(name, split, seed, domains), name, weight))
+            continue
+        for part in read_file(name):
+            if part.problems:
+                more = f"; {len(part.problems)} in all, told by: python data.py check {name}" if len(part.problems) > 1 else ""
+                raise InputError(": ".join(part.problems[0]) + more)
+            rows, kept = part.rows, held_out(part.rows)
+            if hold_out:
+                rows = [row for row in rows if (row["key"] in kept) == (split == "validation")]
+            parts.append((rows, name, weight * part.weight))
+    if split == "validation" and not any(not isinstance(rows, list) or rows for rows, _, _ in parts):
+        raise InputError(f"{data}: too few pages to keep one for validation; name others with --eval-data, or switch it off with --eval-every 0")
+    if len(parts) == 1 and parts[0][2] == 1:
+        return parts[0][0]
+    return Mixture([(rows, len(rows) if isinstance(rows, list) else count_rows(name, split), weight if split == "train" else 1)
+                    for rows, name, weight in parts])
+
+
+def named_parts(data):
+    """'a.jsonl=2,owner/name' -> [('a.jsonl', 2.0), ('owner/name', 1.0)]."""
+    parts = []
+    for name in [data] if Path(data).exists() else data.split(","):
+        begin, _, weight = name.rpartition("=")
+        if Path(name).exists() or not begin:
+            parts.append((name, 1.0))
+        elif re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0:
+            parts.append((begin, float(weight)))
+        else:
+            raise InputError(f"{name}: {weight!r} is no weight; expected a number above 0 behind the =")
+    return parts
+
+
+class Mixture:
+    """Rows of several sources, each spread evenly over the epoch. `parts`: (rows, their number, how often they come).
+
+    A weight of 2.5 is twice all rows and once the first half of them.
+    """
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return sum(int(count * weight + 1e-9) for _, count, weight in self.parts)
+
+    def __iter__(self):
+        def spread(number, rows, count, weight):
+            total = int(count * weight + 1e-9)
+            again = itertools.chain.from_iterable(itertools.repeat(rows))
+            for i, row in enumerate(itertools.islice(again, total)):
+                yield (i + 0.5) / total, row | {"part": (number, i // count)}      # repeated rows are not one page with themselves
+        streams = [spread(number, *part) for number, part in enumerate(self.parts)]
+        return (row for _, row in heapq.merge(*streams, key=lambda pair: pair[0]))
+
+
+def open_hub_rows(data, split, seed, domains):
+    """The rows of one data set in Hub layout, or of drawn pages. See `open_rows`."""
     if is_synthetic(data):
         from model.tiny.pages import SyntheticRows
         return SyntheticRows(split, seed, domains, int(data.partition(":")[2] or 4))
@@ -113,7 +186,7 @@ class ParquetRows:
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
                     if first + size > start:
-                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS])
+                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS])
                         rows = (row for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
@@ -155,12 +228,14 @@ def hub_name(data):
         return data, None
     name, _, config = data.partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{data}: not found; expected a local folder in Hub layout, a Hub id like owner/name, or synthetic")
+        raise InputError(f"{data}: not found; expected a local folder in Hub layout, a file, a Hub id like owner/name, or synthetic")
     return name, config or None
 
 
-def count_rows(data, split):
-    """The number of rows of a split, from the footers of its parquet files, without reading the rows."""
+def count_rows(data, split, hold_out=True):
+    """The number of rows of a split; of parquet files from their footers, without reading the rows."""
+    if [part for part in named_parts(data) if part != (data, 1.0)] or Path(data).is_file():
+        return len(open_rows(data, split, hold_out=hold_out))
     if is_synthetic(data):
         raise InputError("synthetic pages have no end; say how long to train with --steps")
     rows = open_rows(data, split)
@@ -169,36 +244,52 @@ def count_rows(data, split):
     return rows.count()
 
 
+def held_out(rows):
+    """The keys of the rows kept for validation, all rows of an image or none; drawn by a hash, so they stay when rows move."""
+    keys = sorted({row["key"] for row in rows})
+    return set(keys[:min(max(1, len(keys) // HELD_OUT), MOST_HELD_OUT, len(keys) - 1)])
+
+
 # ------------------------------------------------------------------------------------------------------------------ pages
 
 @dataclass
 class Page:
-    """One image with all its questions."""
-    name: str                                                   # document and page number, to be named in messages
-    image: bytes                                                # as stored: PNG, JPEG, ...; or what `bytes()` makes one of
+    """One image, sometimes several or none, with all that is asked about it."""
+    name: str                                                   # document and page number or file and line, to be named in messages
+    images: list                                                # each as stored (PNG, JPEG, ...) or what `bytes()` makes one of, a path or an address
     questions: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)            # the one that is learned of each question,
     accepted: list[list[str]] = field(default_factory=list)     # and all that count as right
+    follows: set[int] = field(default_factory=set)              # the questions that go on in the conversation of the one before
+    ids: list = field(default_factory=list)                     # of the questions, in files of predictions
+    types: list[list[str]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)             # file:line of the questions, if from a file
     rows: int = 0                                               # of the data set that this page came from,
     unanswered: int = 0                                         # of them without an answer
     split: bool = field(default=False, compare=False)           # a part of it came before, since reading (again) began
     epoch: int = 0
     index: int = 0                                              # place in the epoch's order
     refill: tuple = (0, 0)                                      # where to begin again to have this page and those after it
+    system: str | None = None                                   # as in `branches_prompt`
+    opening: list = field(default_factory=list)
+    head: str | None = None
+    max_tiles: int | None = None                                # if another than --max-tiles
+    augment: bool = False                                       # compress its images anew, as JPEG, in each epoch
 
     @property
     def full(self):
         return len(self.questions) >= MOST_QUESTIONS or sum(map(len, self.questions)) >= MOST_CHARACTERS
 
 
-def gather(rows, look_ahead=512, refill=(0, 0)):
+def gather(rows, look_ahead=512, refill=(0, 0), answered=True):
     """Bring the rows of a page together; yield pages in the order of their first row.
 
     A row joins a page whose first row lies fewer than `look_ahead` rows before it, so no more than `look_ahead` rows are
     held. A page spread wider, or with more questions than one row can hold, becomes several, marked as `split`.
 
     `refill` says where to begin: (pages before, row, *rows to pass over). A page's own is what yields it and all after it
-    again; the rows to pass over lie behind its first one, but are of pages before it.
+    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out if
+    they are to be `answered`.
 
     >>> [page.questions for page in gather([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
@@ -226,21 +317,34 @@ def gather(rows, look_ahead=512, refill=(0, 0)):
             yield oldest()
         key = page_key(row)
         if key not in places or waiting[places[key]][0].full:
-            waiting[number] = Page("/".join(map(str, key)), image_bytes(row), split=hash(key) in seen), key, []
+            waiting[number] = new_page(row, split=hash(key) in seen), key, []
             places[key] = number
             seen.add(hash(key))
         page, _, of_page = waiting[places[key]]
         of_page.append(number)
-        add_row(page, row)
+        add_row(page, row, answered)
     while waiting:
         yield oldest()
 
 
 def page_key(row):
-    """What tells pages apart: document and page number, or the image's bytes where a row does not have both."""
+    """What tells pages apart: document and page number, or the image's bytes where a row does not have both.
+
+    Of a row from a file: its images and system turn; a conversation with images inside, or without any, is a page of its own.
+    """
+    part = row.get("part", ())
+    if "turns" in row:
+        return part, *((row["images"], row["system"]) if row["images"] and not row["head"] else (row["place"],))
     if row.get("docId") is not None and row.get("ucsf_document_page_no") is not None:
-        return row["docId"], row["ucsf_document_page_no"]
-    return (hashlib.sha1(image_bytes(row)).hexdigest(),)
+        return part, row["docId"], row["ucsf_document_page_no"]
+    return part, hashlib.sha1(image_bytes(row)).hexdigest()
+
+
+def new_page(row, split=False):
+    if "turns" in row:
+        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"], head=row["head"],
+                    max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
+    return Page("/".join(map(str, page_key(row)[1:])), [image_bytes(row)], split=split)
 
 
 def image_bytes(row):
@@ -255,19 +359,37 @@ def image_bytes(row):
     return content if hasattr(content, "__bytes__") else b""
 
 
-def add_row(page, row):
-    """Add a row's question and its answers, the first to be learned as written, to its page."""
+def add_row(page, row, answered=True):
+    """Add a row's question, or its conversation, and its answers, the first to be learned as written, to its page."""
+    if "turns" in row:
+        several = len(row["turns"]) > 1
+        page.rows += 1
+        for number, (question, answer) in enumerate(row["turns"]):
+            name = row["place"] if row["questionId"] is None else row["questionId"]
+            add_question(page, question, answer, row["accepted"] or [answer], number > 0, f"{name}/{number + 1}" if several else name,
+                         row["question_types"], row["place"])
+        return
     answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"] or []
     answers = [answer for answer in answers if answer is not None]
     page.rows += 1
     if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; expected text and a list of texts")
-    if row["question"] and answers and answers[0]:
-        page.questions.append(plain(row["question"]) + ("" if row.get("as_written") else INSTRUCTION))
-        page.answers.append(plain(answers[0]))
-        page.accepted.append([plain(answer) for answer in answers])
-    else:
-        page.unanswered += 1
+    has_answer = bool(row["question"] and answers and answers[0])
+    page.unanswered += not has_answer
+    if has_answer or not answered:
+        name = f"{page.name}/{page.rows}" if row.get("questionId") is None else row["questionId"]
+        add_question(page, plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), plain(answers[0]) if has_answer else "",
+                     [plain(answer) for answer in answers] if has_answer else [], False, name, row.get("question_types"), name)
+
+
+def add_question(page, question, answer, accepted, follows, name, types, place):
+    page.questions.append(question)
+    page.answers.append(answer)
+    page.accepted.append(accepted)
+    page.follows |= {len(page.questions) - 1} if follows else set()
+    page.ids.append(name)
+    page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types or []])
+    page.places.append(place)
 
 
 def plain(text):
@@ -288,13 +410,28 @@ def shuffled(pages, seed, buffer=SHUFFLE_PAGES):
     yield from held
 
 
+def grouped(pages, size, count, seed):
+    """Yield pages such that each `count` that follow one another, a micro-batch, are of like `size(page)`.
+
+    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no size.
+    """
+    draw, pages = random.Random(seed), iter(pages)
+    while window := sorted(itertools.islice(pages, GROUPED * count), key=lambda page: page and size(page) or 0):
+        full = len(window) - len(window) % count                # what is left over stays at the end
+        batches = [window[i:i + count] for i in range(0, full, count)]
+        draw.shuffle(batches)
+        yield from itertools.chain(*batches, window[full:])
+
+
 class PageStream:
     """Pages epoch after epoch, each with its epoch, its index there and its refill point.
 
     `start`: (epoch, index, refill) of the page to begin at; the refill is that of the page before it, or of any earlier one.
+    `group`: (size, count) of `grouped`.
     """
 
-    def __init__(self, rows, epochs=None, shuffle=True, seed=0, look_ahead=512, start=(0, 0, (0, 0))):
+    def __init__(self, rows, epochs=None, shuffle=True, seed=0, look_ahead=512, start=(0, 0, (0, 0)), group=None):
+        self.group = group
         self.rows, self.epochs, self.shuffle, self.seed = rows, epochs, shuffle, seed
         self.look_ahead, self.start = look_ahead, start
 
@@ -310,12 +447,19 @@ class PageStream:
             pages = self.gathered(refill, waiting)
             if self.shuffle:
                 pages = shuffled(pages, f"{self.seed} {epoch}")
+            if self.group:
+                pages = grouped(pages, *self.group, f"{self.seed} {epoch}")
+            window, used = GROUPED * self.group[1] if self.group else 1, []
             try:
                 for index, page in enumerate(pages):
                     if page is None:                            # handed out before `start`, as are those below `begin`
                         continue
                     oldest = next(iter(waiting.values()))
-                    del waiting[page.refill[:2]]
+                    used.append(page.refill[:2])
+                    if (index + 1) % window == 0:               # pages that are grouped are needed together to be so again
+                        for key in used:
+                            del waiting[key]
+                        used = []
                     if index >= begin:
                         page.epoch, page.index, page.refill = epoch, index, oldest
                         yield page
@@ -366,7 +510,9 @@ class Example:
     page: Page
     tiles: torch.Tensor | None = None                           # uint8 (n, 3, 448, 448)
     prompt: Prompt | None = None
-    too_long: list[str] = field(default_factory=list)           # questions left out
+    too_long: list[str] = field(default_factory=list)           # questions left out,
+    kept: list[int] = field(default_factory=list)               # and the indices of the others
+    tile_counts: list[int] = field(default_factory=list)        # of each image
     problem: str | None = None
 
     @property
@@ -381,26 +527,71 @@ class Example:
 class Examples(Dataset):
     """Turns a page into an example: decoded, tiled, tokenised. What a DataLoader's workers do."""
 
-    def __init__(self, model, max_tiles=12, max_length=8192):
+    def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
-        self.max_tiles, self.max_length = max_tiles, max_length
+        self.max_tiles, self.max_length, self.allow_private = max_tiles, max_length, allow_private
 
     def __getitem__(self, page):
         if not page.questions:
             return Example(page, problem=f"none of its {page.rows} questions has an answer "
                                          "(DocumentVQA's test split has none: train on another split)")
+        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))       # tiles are shared among images
+        tile_pixels, draw = self.config.vision.tile_pixels, random.Random(f"{page.name} {page.epoch}")
         try:
-            image = read_image(page.image)
+            images = [load_image(image, self.allow_private) for image in page.images]
         except InputError as error:
             return Example(page, problem=str(error))
-        tiles = tile_page(image, self.max_tiles, self.config.vision.tile_pixels, self.config.thumbnail)
-        prompt, too_long = page_prompt(self.tokenizer, self.config.tokens_per_tile, [len(tiles)], page.questions,
-                                       page.answers, self.max_length)
-        example = Example(page, torch.from_numpy(tiles), prompt, [page.questions[i] for i in too_long])
-        if len(too_long) == len(page.questions):
+        if page.augment:
+            images = [compressed(image, draw.randint(75, 100)) for image in images]
+        tiles = [tile_page(image, most, tile_pixels, self.config.thumbnail) for image in images]
+        counts = [len(t) for t in tiles]
+        prompt, left_out = self.write(page, counts)
+        tiles = torch.from_numpy(np.concatenate([np.empty((0, 3, tile_pixels, tile_pixels), np.uint8), *tiles]))
+        example = Example(page, tiles, prompt, [page.questions[i] for i in left_out],
+                          [i for i in range(len(page.questions)) if i not in left_out], counts)
+        if len(left_out) == len(page.questions):
             example.problem = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
                                f"--max-length {self.max_length}; raise it or lower --max-tiles")
         return example
+
+    def write(self, page, tile_counts, asked=None):
+        """The prompt of a page and the indices of the questions left out.
+
+        Learned: every conversation is a branch, left out whole. `asked`, indices of questions: each of them is a branch of its
+        own, left open behind the turns before it.
+        """
+        chains = []
+        for i in range(len(page.questions)):
+            if i in page.follows:
+                chains[-1].append(i)
+            else:
+                chains.append([i])
+        if asked is not None:
+            chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
+        branches = [[(page.questions[i], page.answers[i]) for i in chain] for chain in chains]
+        if asked is not None:
+            branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
+        prompt, left_out = branches_prompt(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
+                                           page.system, page.opening, page.head)
+        return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
+
+    def size(self, page):
+        """About how many tokens a page has, from the headers of its images, four bytes of text to a token."""
+        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
+        tiles = 0
+        for image in page.images:
+            columns, rows = choose_grid(*size, most, self.config.vision.tile_pixels) if (size := image_size(image)) else (most, 1)
+            tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
+        return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
+
+
+def load_image(source, allow_private=False):
+    """A Pillow image from the bytes of a file (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
+    if not isinstance(source, str):
+        return read_image(source)
+    if source.startswith(("http://", "https://")):
+        return read_image(fetch(source, allow_private), source)
+    return read_image(source, source)
 
 
 def leave_signals_to_the_parent(_):
@@ -412,5 +603,132 @@ def leave_signals_to_the_parent(_):
 def load_examples(pages, examples, workers, pin_memory=False):
     """A DataLoader over `pages` (a PageStream or a list) that yields examples in their order."""
     return DataLoader(examples, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-                      worker_init_fn=leave_signals_to_the_parent)
+                      worker_init_fn=leave_signals_to_the_parent, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+
+
+# -------------------------------------------------------------------------------------------------------------- check, show
+
+def parse_arguments():
+    parser = OneLineParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check_parser = commands.add_parser("check", help="validate whole files: file:line and the reason of all that is wrong")
+    check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
+    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, which are learned")
+    show_parser.add_argument("path", metavar="PATH", help="as in check")
+    show_parser.add_argument("number", type=whole_number(0), metavar="N", help="which example, counted from 0: a page with all its questions")
+    show_parser.add_argument("--out", help="the picture's file (show-N.png)")
+    for command in (check_parser, show_parser):
+        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights (the embedded one; "
+                             "check then judges no lengths)")
+        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
+        command.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page (%(default)s)")
+        command.add_argument("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
+        command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+    return parser.parse_args()
+
+
+def make_examples(arguments):
+    """What turns pages into examples, with the configuration and the tokenizer of --model alone."""
+    from model.checkpoint import CONFIG, find, load_tokenizer
+    from model.config import Config
+    folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
+    model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
+    return Examples(model, arguments.max_tiles, arguments.max_length if arguments.model or arguments.command == "show" else None,
+                    arguments.allow_private)
+
+
+def check(path, examples, split):
+    """Print file:line: reason for all that is wrong with some data, and a summary. Returns whether all is right."""
+    problems, counts, pictures, parts = [], dict.fromkeys(("rows", "pages", "questions", "without an answer"), 0), set(), []
+    if Path(path).is_file():
+        parts = read_file(path)
+        problems = [problem for part in parts for problem in part.problems + part.remarks]
+        counts["rows"] = sum(part.entries for part in parts)
+        # the whole file is the look-ahead: an image is decoded once for all its rows
+        pages = itertools.chain(*(gather(part.rows, max(1, len(part.rows))) for part in parts))
+    else:
+        pages = gather(open_rows(path, split))
+    for example in load_examples(list(pages) if parts else pages, examples, workers=0):
+        page = example.page
+        counts["pages"] += 1
+        counts["rows"] += 0 if parts else page.rows
+        counts["questions"] += len(page.questions)
+        counts["without an answer"] += page.unanswered
+        pictures.update(image for image in page.images if isinstance(image, str))
+        if example.problem:
+            problems += [(place if parts else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
+        elif example.too_long:
+            left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
+            problems += [(place, f"does not fit --max-length {examples.max_length}") for place in dict.fromkeys(left_out)]
+    def by_line(problem):
+        file, _, line = problem[0].rpartition(":")
+        return file, int(line) if line.isdigit() else 0
+    for place, reason in sorted(problems, key=by_line):
+        print(f"{place}: {' '.join(reason.split())}".encode("utf-8", "replace").decode())
+    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; "
+          + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
+    return not problems
+
+
+def show(example, tokenizer, file):
+    """Print what the model reads of an example, token by token; save the picture of its tiles."""
+    page, prompt = example.page, example.prompt
+    green, plain = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    image_id = special_id(tokenizer, IMAGE_TOKEN)
+    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
+    if len(example.tiles):
+        draw_tiles(example.tiles, example.tile_counts).save(file)
+        print(f"tiles: {file}, one line an image, the thumbnail last")
+    for branch in range(max(prompt.branches) + 1):
+        at = [i for i, b in enumerate(prompt.branches) if b == branch]
+        learned = sum(prompt.labels[i] >= 0 for i in at)
+        print(f"\nbranch {branch}{'' if branch else ' (what all questions share)'}: {len(at)} tokens from position {prompt.positions[at[0]]}, {learned} learned")
+        pieces = []
+        for (is_image, is_learned), run_of in itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0)):
+            ids = [prompt.ids[i] for i in run_of]
+            if is_image:
+                pieces.append(f"{IMAGE_TOKEN} x {len(ids)}")
+                continue
+            texts, waiting = [], []
+            for i, index in enumerate(ids, 1):
+                waiting.append(index)
+                text = tokenizer.decode(waiting)
+                if not text.endswith("\N{REPLACEMENT CHARACTER}") or i == len(ids):         # else half a character
+                    texts.append(text.replace("\n", "⏎"))
+                    waiting = []
+            pieces.append("|".join(texts) if not is_learned else green + "|".join(texts) + plain)
+        print("|".join(pieces))
+    print(f"\n{len(prompt.ids)} tokens, {prompt.ids.count(image_id)} of them from images, {example.answer_tokens} learned"
+          + (f"; {len(example.too_long)} questions left out, they do not fit" if example.too_long else ""))
+
+
+def draw_tiles(tiles, counts):
+    """uint8 tiles (n, 3, S, S) -> a picture of them, a row an image."""
+    from PIL import Image
+    size, gap = tiles.shape[-1], 8
+    sheet = Image.new("RGB", (max(counts) * (size + gap) - gap, len(counts) * (size + gap) - gap), "magenta")
+    for row, images in enumerate(tiles.split(counts)):
+        for column, tile in enumerate(images):
+            sheet.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (column * (size + gap), row * (size + gap)))
+    return sheet
+
+
+def main():
+    arguments = parse_arguments()
+    examples = make_examples(arguments)
+    if arguments.command == "check":
+        right = [check(path, examples, arguments.split) for path in arguments.paths]
+        sys.exit(not all(right))
+    page = next(itertools.islice(gather(open_rows(arguments.path, arguments.split, hold_out=False)), arguments.number, None), None)
+    if page is None:
+        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+    example = examples[page]
+    if example.problem:
+        raise InputError(f"{page.name}: {example.problem}")
+    if arguments.model is None:
+        print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+    show(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -7,6 +7,7 @@
     python infer.py --image https://example.com/page.jpg                          no question: a chat
     python infer.py --questions questions.jsonl --batch 8 > answers.jsonl         {"question", "images"} a line
     python infer.py --folder scans --out answers.jsonl "What is the date?"        the same of every image, goes on when repeated
+    python infer.py --evaluate DATA --predictions predictions.json                a whole split, with its scores
 
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
@@ -23,15 +24,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from data import Examples, gather, load_examples, load_image, open_rows
 from model import InputError, InternVL
-from model.chat import describe, without_beginning
+from model.chat import decode, describe, without_beginning
 from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
 from model.int8 import to_int8
 from model.language import Cache
-from model.network import fetch
 from model.prompt import PLACEHOLDER, conversation_prompt, page_prompt
+from model.score import SCORES, score_table
 from model.show import draw_attention, draw_tiles
 from model.tiling import read_image, tile_page
 from model.video import read_video
@@ -62,7 +65,10 @@ def parse_arguments():
     parser.add_argument("--span", type=real_number(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
     parser.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
     parser.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder")
-    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions or --folder answered at once (%(default)s)")
+    parser.add_argument("--evaluate", metavar="DATA", help="answer and score a whole split: Hub id, local folder in Hub layout, or file")
+    parser.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
+    parser.add_argument("--predictions", metavar="FILE.json", help="answers of --evaluate, as the challenge takes them; goes on where it was interrupted")
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions, or pages of --evaluate, answered at once (%(default)s)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
     parser.add_argument("--max-tiles", type=SETTINGS["max_tiles"], default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
     parser.add_argument("--max-new-tokens", type=SETTINGS["max_new_tokens"], default=512, help="longest answer (%(default)s)")
@@ -93,6 +99,10 @@ def parse_arguments():
         parser.error("--web takes images and questions in the browser; give none beside it")
     if "-" in arguments.image and arguments.question is None:
         parser.error("--image - reads the image from standard input; give a QUESTION beside it")
+    if arguments.evaluate and (arguments.question is not None or arguments.image or arguments.video or arguments.questions or arguments.folder):
+        parser.error("--evaluate names the questions and images itself; give no QUESTION, --image or --questions beside it")
+    if not arguments.evaluate and (arguments.predictions or arguments.split):
+        parser.error("--predictions and --split belong to --evaluate DATA")
     if arguments.question is not None:
         arguments.question = clean(arguments.question)
         if not arguments.question.strip():
@@ -103,13 +113,6 @@ def parse_arguments():
 def clean(text):
     """Text as the tokenizer takes it: what is not UTF-8 becomes a replacement character."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def load_image(source, allow_private=False):
-    """A Pillow image from a path or an http(s) address. Raises InputError."""
-    if source.startswith(("http://", "https://")):
-        return read_image(fetch(source, allow_private), source)
-    return read_image(source, source)
 
 
 def load_images(source, allow_private=False):
@@ -375,6 +378,94 @@ def save_picture(picture, path):
         raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png in a folder that exists") from error
 
 
+def evaluate(model, arguments):
+    """Answer a whole split, --batch pages at once and all questions of a page from one prefix; print the scores.
+
+    Data of the challenge's test split, without answers, is answered and not scored. A page that cannot be read or does not
+    fit is named, and its answers are empty.
+    """
+    path = Path(arguments.predictions) if arguments.predictions else None
+    settings = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", "max_tiles", "max_new_tokens", "temperature",
+                                                            "top_p", "seed")} | {"dtype": str(model.dtype).split(".")[-1]}
+    rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
+    known, answers = earlier_answers(path, settings) if path else [], []
+    examples = Examples(model, arguments.max_tiles, model.config.language.max_positions - arguments.max_new_tokens, arguments.allow_private)
+
+    def note(page, texts):
+        answers.extend({"questionId": page.ids[i], "answer": text, "expected": page.accepted[i], "types": page.types[i]}
+                       for i, text in enumerate(texts))
+
+    def open_pages():
+        for page in gather(rows, answered=False):
+            before = known[len(answers):len(answers) + len(page.questions)]
+            if [line["questionId"] for line in before] != page.ids[:len(before)]:
+                raise InputError(f"{path}: its questions are not those of {arguments.evaluate}; choose another --predictions")
+            if len(before) == len(page.questions):
+                note(page, [line["answer"] for line in before])
+            else:
+                known.clear()                                   # a page is answered whole or not at all
+                yield page
+
+    with tqdm(unit=" questions", file=sys.stderr) as bar:
+        loader = iter(load_examples(open_pages(), examples, workers=min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0))
+        while batch := list(itertools.islice(loader, arguments.batch)):
+            for example in batch:
+                if example.problem or example.too_long:
+                    bar.write(f"{example.page.name}: {example.problem or 'questions that do not fit'}; answered by nothing", file=sys.stderr)
+            asked = [(example, example.kept) for example in batch if not example.problem]
+            prompts = [(example.tiles, examples.write(example.page, example.tile_counts, kept)[0]) for example, kept in asked]
+            steps = list(generate(model, prompts, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)) if prompts else []
+            texts = iter([decode(model, [token for token in column if token is not None]) for column in zip(*steps)])
+            for example in batch:
+                kept = [] if example.problem else example.kept
+                note(example.page, [next(texts) if i in kept else "" for i in range(len(example.page.questions))])
+            if path:
+                write_predictions(path, answers)
+            bar.update(len(answers) - bar.n)
+    if not answers:
+        raise InputError(f"{arguments.evaluate}: holds no questions")
+    table = score_table(answers)
+    if path:
+        beside(path).write_text(json.dumps({"settings": settings, "scores": table}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.json:
+        return print(json.dumps(table, ensure_ascii=False))
+    print(f"{len(answers)} questions, {table['all']['questions'] if table else 0} of them with an answer to compare with; "
+          + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"{'':<32} questions  " + "  ".join(SCORES))
+    for name, row in table.items():
+        print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))
+
+
+def beside(path):
+    """predictions.json -> predictions.scores.json, with what the predictions were made by and their scores."""
+    return path.with_suffix(".scores.json")
+
+
+def earlier_answers(path, settings):
+    """The predictions that an interrupted evaluation has written. Raises InputError if they were made in another way."""
+    try:
+        if path.exists():
+            kept = json.loads(beside(path).read_text(encoding="utf-8"))["settings"]
+            changed = [f"--{name.replace('_', '-')} {kept.get(name)}" for name in settings if kept.get(name) != settings[name]]
+            if changed:
+                raise InputError(f"{path}: begun with {', '.join(changed)}; go on with that, or choose another --predictions")
+            return json.loads(path.read_text(encoding="utf-8"))
+        beside(path).write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        return []
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be gone on with ({type(error).__name__}: {error}); choose another --predictions") from error
+
+
+def write_predictions(path, answers):
+    """The challenge's submission format, a line a question; written aside and renamed, so that the file is always whole."""
+    lines = [json.dumps({"questionId": line["questionId"], "answer": line["answer"]}, ensure_ascii=False) for line in answers]
+    new = path.with_name(path.name + ".new")
+    new.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    new.replace(path)
+
+
 def main():
     arguments = parse_arguments()
     # before the model: a wrong path is told at once
@@ -388,6 +479,8 @@ def main():
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
     if arguments.int8:
         to_int8(model)
+    if arguments.evaluate:
+        return evaluate(model, arguments)
     if many is not None:
         return answer_many(model, arguments, many, name_images=bool(arguments.folder))
     settings = {name: getattr(arguments, name) for name in SETTINGS}

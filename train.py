@@ -23,16 +23,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, open_rows
+from data import (INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, load_image, named_parts,
+                  open_rows)
 from model import InputError, InternVL
 from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
                               read_settings, save_checkpoint, write_text)
 from model.errors import OneLineParser, real_number, run, warn, whole_number
 from model.generate import generate
 from model.memory import peak_gb, step_gb
-from model.prompt import page_prompt
 from model.score import anls, exact_match
-from model.tiling import read_image
 from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "llm", "vision")
@@ -50,12 +49,15 @@ def parse_settings():
     data.add_argument("--tiny", action="store_true", help="small model, drawn pages, CPU: sets the defaults of other flags")
     data.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
     data.add_argument("--from-scratch", action=argparse.BooleanOptionalAction, default=False, help="random weights in the shape that --model describes")
-    data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, or synthetic (%(default)s)")
+    data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, file (.json, .jsonl), or synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
+    data.add_argument("--eval-data", metavar="DATA", help="to validate on (the validation split of --data; of a file one page in 20, which is then not trained on)")
     data.add_argument("--domain", type=domain_names, default="plain", help="what synthetic pages look like, comma-separated (%(default)s)")
     data.add_argument("--train", type=part_names, default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
     data.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
     data.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
     data.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="pages in seeded order, or in file order")
+    data.add_argument("--allow-private", action=argparse.BooleanOptionalAction, default=False, help="fetch images from addresses of a private network too")
+    data.add_argument("--group-by-length", action=argparse.BooleanOptionalAction, default=False, help="micro-batches of pages of like size")
     data.add_argument("--look-ahead", type=whole_number(1), default=512, help="rows over which a page's questions are gathered (%(default)s)")
     batch = parser.add_argument_group("batch and length of the run")
     batch.add_argument("--batch-pages", type=whole_number(1), default=1, help="pages in a micro-batch (%(default)s)")
@@ -100,10 +102,18 @@ def parse_settings():
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
     settings.out = settings.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
-    for name, given in (("model", settings.model), ("data", settings.data)):
-        if given != "tiny" and not is_synthetic(given) and Path(given).exists():
-            setattr(settings, name, str(Path(given).resolve()))         # the run can be used from any folder
+    if settings.model != "tiny" and Path(settings.model).exists():      # the run can be used from any folder
+        settings.model = str(Path(settings.model).resolve())
+    settings.data = whole_paths(settings.data)
+    settings.eval_data = settings.eval_data and whole_paths(settings.eval_data)
     return settings
+
+
+def whole_paths(data):
+    """'a.jsonl=2,owner/name' -> '/home/me/a.jsonl=2.0,owner/name'."""
+    parts = [(name if is_synthetic(name) or not Path(name).exists() else str(Path(name).resolve()), weight)
+             for name, weight in named_parts(data)]
+    return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in parts)
 
 
 def part_names(text):
@@ -242,7 +252,8 @@ def accumulate_gradients(model, examples, batch_pages):
     for micro_batch in chunks(examples, batch_pages):
         with memory_told(micro_batch):
             loss = model.loss(model.pack([(example.tiles, example.prompt) for example in micro_batch])) / tokens
-            loss.backward()                     # adds to .grad; the micro-batch's activations are freed here
+            if loss.requires_grad:              # not so where only the projector trains, and no page has an image
+                loss.backward()                 # adds to .grad; the micro-batch's activations are freed here
             step_loss += loss.detach()
     return step_loss
 
@@ -270,19 +281,20 @@ def evaluate(model, examples):
     answers, 0 to 1. answers: one dict a question. All questions of a page are answered from one prefix.
     """
     total, tokens, answers = 0.0, 0, []
+    prompts = Examples(model, max_length=None)
     for example in examples:
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
-        batch.image_tokens = model.see(batch.tiles)                     # seen once for the loss and for the answers
+        if len(tiles):
+            batch.image_tokens = model.see(batch.tiles)                 # seen once for the loss and for the answers
         total += model.loss(batch).item()
         tokens += example.answer_tokens
-        asked = [(q, a) for q, a in zip(page.questions, page.accepted) if q not in example.too_long]
-        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question for question, _ in asked])
+        prompt, _ = prompts.write(page, example.tile_counts, asked=example.kept)
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
             columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER, image_tokens=batch.image_tokens)))
-        for (question, accepted), ids in zip(asked, columns):
+        for i, ids in zip(example.kept, columns):
             answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
-            answers.append({"page": page.name, "question": question, "answer": answer, "expected": accepted})
+            answers.append({"page": page.name, "question": page.questions[i], "answer": answer, "expected": page.accepted[i]})
     def mean(score):
         return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
     return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
@@ -306,15 +318,17 @@ def draw_samples(folder, pages):
     The first page is also saved on its own, page.png, to be asked.
     """
     pyplot = plotting()
-    read_image(pages[0].image).save(folder / "page.png")
+    for image in next((page.images for page in pages if page.images), [])[:1]:
+        load_image(image, True).save(folder / "page.png")
     samples = read_lines(folder / SAMPLES)
     before, after = samples[0], samples[-1]
     figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
     columns = ((0.0, 34, "question"), (0.34, 20, f"answer at step {before['step']}"), (0.57, 20, f"at step {after['step']}"),
                (0.8, 18, "truth"))                              # where a column begins, the characters it has room for
     for page, (left, right) in zip(pages, rows):
-        left.imshow(read_image(page.image).convert("RGB"))
         left.set(xticks=[], yticks=[])
+        for image in page.images[:1]:
+            left.imshow(load_image(image, True).convert("RGB"))
         right.axis("off")
         lines = [(a, b) for a, b in zip(before["answers"], after["answers"]) if a["page"] == page.name]
         for x, _, text in columns:
@@ -332,7 +346,7 @@ def draw_samples(folder, pages):
 
 
 def draw_curve(folder):
-    """Redraw curve.png, training and validation loss over steps, from metrics.jsonl."""
+    """Redraw curve.png from metrics.jsonl: training and validation loss over steps and, on a second axis, the answers' ANLS."""
     pyplot = plotting()
     lines = read_lines(folder / METRICS)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -343,6 +357,12 @@ def draw_curve(folder):
     axes.set(xlabel="step", ylabel="loss per answer token (nats)")
     axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(alpha=0.3)
+    scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]
+    if scored:
+        right = axes.twinx()
+        axes.plot([], [], color="tab:green", marker="s", linestyle="--", label="ANLS of its answers")       # its line in the legend
+        right.plot(*zip(*scored), color="tab:green", marker="s", linestyle="--")
+        right.set(ylabel="ANLS", ylim=(0, 1.05))
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120)
     pyplot.close(figure)
@@ -353,7 +373,7 @@ def what_next(folder):
     samples = read_lines(folder / SAMPLES)
     if not samples:
         return f'next: python infer.py --model {folder} --image PAGE "QUESTION"'
-    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION)
+    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION).strip()
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
             f'python infer.py --model {folder} --image {folder}/page.png "{question}"')
 
@@ -490,18 +510,22 @@ def main():
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    rows = open_rows(settings.data, "train", settings.seed, settings.domain)
-    all_rows = settings.epochs * count_rows(settings.data, "train") if settings.epochs else math.inf
-    held_out = open_rows(settings.data, "validation", domains=settings.domain) if settings.eval_every else None
+    hold_out = bool(settings.eval_every) and not settings.eval_data     # of files
+    rows = open_rows(settings.data, "train", settings.seed, settings.domain, hold_out)
+    all_rows = settings.epochs * count_rows(settings.data, "train", hold_out) if settings.epochs else math.inf
+    held_out = None
+    if settings.eval_every:
+        held_out = open_rows(settings.eval_data or settings.data, "validation", domains=settings.domain, hold_out=hold_out)
     with told_in_one_line(folder):
         state, losses = begin(folder, settings, model, optimizer)
     first = step = saved = state["step"]
     skips = Skips(folder / SKIPPED)
 
     # pages to train on, and the fixed ones to validate on
-    examples = Examples(model, settings.max_tiles, settings.max_length)
+    examples = Examples(model, settings.max_tiles, settings.max_length, settings.allow_private)
     stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
-                        start=(state["epoch"], state["index"], state["refill"]))
+                        start=(state["epoch"], state["index"], state["refill"]),
+                        group=(examples.size, settings.batch_pages) if settings.group_by_length else None)
     loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
     if held_out:
         held_out = PageStream(held_out, epochs=1, shuffle=False, look_ahead=settings.look_ahead).pages()

@@ -12,6 +12,7 @@ piece by piece, so a label can never be out of step with its token. Text that a 
 
 Source: the template "Hermes-2" of InternVL2-1B; FACTS: "Conversation templates".
 """
+import itertools
 from dataclasses import dataclass, field
 
 from model.errors import InputError
@@ -52,11 +53,22 @@ class Writer:
         self.special(IMAGE_TOKEN, tiles * self.tokens_per_tile)
         self.special(IMAGE_CLOSE)
 
-    def system(self):
+    def system(self, sentence=SYSTEM):
         self.special(START)
-        self.text(f"system\n{SYSTEM}")
+        self.text(f"system\n{sentence}")
         self.special(END)
         self.special(START)
+
+    def question(self, text, images):
+        """A user's turn up to its end; each "<image>" becomes the next of `images`, an iterator over tiles of an image."""
+        self.text("user\n")
+        for i, part in enumerate(text.split(PLACEHOLDER)):
+            count = next(images, None) if i else None
+            if count is not None:
+                self.image(count)
+            elif i:
+                self.text(PLACEHOLDER)                      # more places than images: what is left over is plain text
+            self.text(part)
 
     def reply(self, answer):
         """End the user's turn; write the answer, learned, or stop where the model is to begin it (`answer` None)."""
@@ -95,24 +107,41 @@ def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_
     >>> page_prompt(tokenizer, 256, [7], ["What is the date?"], ["January 8, 1993."])[0].ids[-2:]
     [13, 151645]
     """
-    writer = Writer(tokenizer, tokens_per_tile)
-    writer.system()
-    writer.text("user\n" if tiles else "")
-    for i, count in enumerate(tiles):
-        writer.text("\n" if i else "")
-        writer.image(count)
+    turns = zip(questions, answers if answers is not None else [None] * len(questions))
+    return branches_prompt(tokenizer, tokens_per_tile, tiles, [[turn] for turn in turns], max_length)
+
+
+def branches_prompt(tokenizer, tokens_per_tile, tiles, branches, max_length=None, system=None, opening=(), head=None):
+    """Write a page with all its conversations, each a branch: a list of (question, answer) turns, an answer None open.
+
+    `system`: the system turn's text, if not the model's own. `opening`, `head`: what stands in the prefix where the images
+    do not simply come first: whole turns, and the beginning of the next question up to and with its last "<image>".
+    Returns the prompt and the indices of the branches left out because they do not fit.
+    """
+    writer, images = Writer(tokenizer, tokens_per_tile), iter(tiles)
+    writer.system(SYSTEM if system is None else system)
+    for question, answer in opening:
+        writer.question(question, images)
+        writer.reply(answer)
+        writer.special(START)
+    if tiles:
+        writer.question(head or "\n".join([PLACEHOLDER] * len(tiles)), images)
+    begins_with = "" if head else "\n" if tiles else "user\n"
     prompt, too_long = writer.prompt, []
     prefix = len(prompt.ids)
-    for i, question in enumerate(questions):
+    for index, turns in enumerate(branches):
         begin = len(prompt.ids)
         writer.branch, writer.position = writer.branch + 1, prefix
-        writer.text(("\n" if tiles else "user\n") + question)
-        writer.reply(answers[i] if answers is not None else None)
+        for i, (question, answer) in enumerate(turns):
+            if i:
+                writer.special(START)
+            writer.text(("user\n" if i else begins_with) + question)
+            writer.reply(answer)
         if max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in (prompt.ids, prompt.labels, prompt.positions, prompt.branches):
                 del column[begin:]
             writer.branch -= 1
-            too_long.append(i)
+            too_long.append(index)
     return prompt, too_long
 
 
@@ -137,14 +166,7 @@ def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns, images=None):
     for i, (question, answer) in enumerate(turns):
         if i:
             writer.special(START)
-        writer.text("user\n")
-        for j, part in enumerate(question.split(PLACEHOLDER)):
-            count = next(waiting, None) if 0 < j <= (images[i] if images else len(tiles)) else None
-            if count is not None:
-                writer.image(count)
-            elif j:
-                writer.text(PLACEHOLDER)                    # more places than images: what is left over is plain text
-            writer.text(part)
+        writer.question(question, itertools.islice(waiting, images[i]) if images else waiting)
         writer.reply(answer)
     return writer.prompt
 

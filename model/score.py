@@ -1,7 +1,15 @@
-"""How good is an answer? Exact match and ANLS, as the official evaluation of DocVQA computes them.
+"""How good is an answer? ANLS in its three definitions, exact match, and relaxed accuracy for charts; each 0 to 1.
 
-Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; FACTS: "Evaluation".
+The definitions of ANLS agree but for spaces in the answers and at a score of exactly 0.5:
+
+    anls            the official evaluation of InternVL2, which the published figures come from
+    anls_stvqa      the evaluator class beside it, in the manner of ST-VQA: lengths are those of the normalised texts
+    anls_challenge  the challenge's formula, of normalised texts: what is half wrong counts as wrong, so 0.5 becomes 0
+
+Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; relaxed accuracy, "ChartQA"
+(arXiv 2203.10244), section "Evaluation"; FACTS: "Evaluation".
 """
+import math
 
 
 def normalise(text):
@@ -27,6 +35,46 @@ def anls(prediction, answers):
     return score if score >= 0.5 else 0.0
 
 
+def anls_stvqa(prediction, answers):
+    """As `anls`, but both texts are lower case without space around them, and these are what the norm is the longer of."""
+    score = 1 - nearest(prediction.strip().lower(), [answer.strip().lower() for answer in answers])
+    return score if score >= 0.5 else 0.0
+
+
+def anls_challenge(prediction, answers):
+    """As `anls`, but the norm is of the normalised texts, and a distance of half the length is already too far."""
+    distance = nearest(normalise(prediction), map(normalise, answers))
+    return 1 - distance if distance < 0.5 else 0.0
+
+
+def nearest(text, answers):
+    """Levenshtein distance to the nearest answer, divided by the length of the longer text."""
+    return min(levenshtein(answer, text) / (max(len(answer), len(text)) or 1) for answer in answers)
+
+
+def relaxed_accuracy(prediction, answers):
+    """1.0 if a number is within 5 % of an answer, or a text is an answer but for case, else 0.0.
+
+    >>> relaxed_accuracy("104", ["100"]), relaxed_accuracy("50%", ["0.5"]), relaxed_accuracy("106", ["100"])
+    (1.0, 1.0, 0.0)
+    """
+    def right(answer):
+        truth, told = number(answer), number(prediction)
+        if truth and told is not None:
+            return abs(told - truth) <= 0.05 * abs(truth)
+        return prediction.lower() == answer.lower()
+    return float(any(map(right, answers)))
+
+
+def number(text):
+    """'50%' -> 0.5; None for what is no finite number."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
 def levenshtein(a, b):
     """The fewest insertions, deletions and replacements of characters that turn `a` into `b`."""
     row = list(range(len(b) + 1))
@@ -35,3 +83,29 @@ def levenshtein(a, b):
         for j, y in enumerate(b, 1):
             diagonal, row[j] = row[j], min(diagonal + (x != y), row[j] + 1, row[j - 1] + 1)
     return row[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+
+SCORES = {score.__name__: score for score in (exact_match, anls, anls_stvqa, anls_challenge, relaxed_accuracy)}
+LENGTHS = (5, 10, 20, 40)               # characters of the shortest right answer, where a row of the table begins
+
+
+def score_table(answers):
+    """Means of all scores: {row: {"questions": n, score: mean, ...}}, in total, by answer length and by question type.
+
+    `answers`: dicts with `answer`, `expected` (a list) and `types` (a list). Without anything expected: not scored.
+    """
+    rows = {"all": []}
+    for low, high in zip((0, *LENGTHS), (*LENGTHS, None)):
+        rows[f"answers of {low or 1} to {high - 1} characters" if high else f"answers of {low} characters and more"] = []
+    by_length = list(rows.values())[1:]
+    for line in answers:
+        if line["expected"]:
+            scored = {name: score(line["answer"], line["expected"]) for name, score in SCORES.items()}
+            length = min(map(len, line["expected"]))
+            for row in (rows["all"], by_length[sum(length >= low for low in LENGTHS)],
+                        *(rows.setdefault(f"type {kind}", []) for kind in line["types"])):
+                row.append(scored)
+    return {name: {"questions": len(row)} | {score: sum(line[score] for line in row) / len(row) for score in SCORES}
+            for name, row in rows.items() if row}

@@ -76,6 +76,24 @@ def as_shown(image):
         return shown
 
 
+def image_size(source):
+    """(width, height) of a page, from its file's header; None where that cannot be told without a network or at all."""
+    if isinstance(source, str) and not Path(source).is_file():
+        return None
+    try:
+        with Image.open(source if isinstance(source, str) else io.BytesIO(bytes(source))) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+        return None
+
+
+def compressed(image, quality):
+    """The image after it was stored as a JPEG of this quality, 1 to 100: the official code's augmentation."""
+    file = io.BytesIO()
+    image.convert("L" if image.mode in ("1", "L") else "RGB").save(file, "JPEG", quality=quality)
+    return read_image(file.getvalue())
+
+
 @lru_cache
 def grids(max_tiles):
     """All (columns, rows) with at most `max_tiles` cells, smallest area first."""

@@ -74,7 +74,7 @@ def main():
     files = {settings.image: Path(settings.image).read_bytes()} if settings.image else encoded(scan())
     print("| file | decode ms | usual ms | ours ms | ours, pages/s | times | bytes equal | MB handed on |\n|---|---|---|---|---|---|---|---|")
     for kind, data in files.items():
-        page = Page("page", data, ["What is the total amount?"] * 4, ["$41.07"] * 4)
+        page = Page("page", [data], ["What is the total amount?"] * 4, ["$41.07"] * 4)
         seconds = {read_image: [], usual: [], examples.__getitem__: []}
         for _ in range(settings.passes):
             for work, times in seconds.items():

@@ -126,7 +126,7 @@ def beyond(settings):
     print(f"| 6 tiles and a thumbnail | {right:.2f} | {close:.2f} |", flush=True)
     if settings.data:
         found = [(answer, page.accepted[i]) for page in gather(open_rows(settings.data, "validation"))
-                 for i, answer in enumerate(answers(model, tile_page(read_image(page.image), tile_pixels=128), page.questions))]
+                 for i, answer in enumerate(answers(model, tile_page(read_image(page.images[0]), tile_pixels=128), page.questions))]
         right, close = (sum(measure(*pair) for pair in found) / len(found) for measure in (exact_match, anls))
         print(f"| real scans ({len(found)} questions) | {right:.2f} | {close:.2f} |", flush=True)
 

@@ -1,7 +1,8 @@
-"""Runs train.py and infer.py inside the test process: importing torch anew for every command would take most of the time."""
+"""Runs train.py, infer.py and data.py inside the test process: importing torch anew for every command would take most of the time."""
 import io
 import sys
 
+import data
 import infer
 import train
 from model.errors import run
@@ -25,9 +26,9 @@ def refuses(program, capsys, monkeypatch, *flags, stdin=""):
     """The one line with which a command refuses its flags; asserts exit status 2 and that nothing else is said."""
     status, out, err = call(program, capsys, monkeypatch, *flags, stdin=stdin)
     assert status == 2, (status, err)
-    lines = [line for line in err.splitlines() if line.strip() and not line.endswith("; skipped") and "%|" not in line]
+    lines = [line for line in err.splitlines() if line.strip() and not line.endswith("; skipped") and "%|" not in line and "questions/s]" not in line]
     assert len(lines) == 1 and lines[0].startswith(f"{program.__name__}.py: "), err
     return lines[0]
 
 
-__all__ = ["call", "infer", "refuses", "train"]
+__all__ = ["call", "data", "infer", "refuses", "train"]

@@ -66,7 +66,7 @@ def test_rows_held_are_bounded_by_the_look_ahead():
 def test_image_bytes_of_further_rows_are_dropped_at_once():
     first, second = bytes([1] * 1000), bytes([1] * 1000)
     [page] = gather([row("a", 1, first), row("a", 2, second)])
-    assert page.image is first
+    assert page.images[0] is first
 
 
 def test_pages_are_told_apart_by_their_image_where_there_are_no_numbers():
@@ -107,7 +107,7 @@ def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
     assert [e.page.name for e in examples] == [p.name for p in PageStream(mixed_rows(12), epochs=2, seed=1)]
     for example in examples:
         assert example.tiles.dtype == torch.uint8
-        expected = tile_page(read_image(example.page.image), 4, 128)
+        expected = tile_page(read_image(example.page.images[0]), 4, 128)
         assert torch.equal(example.tiles, torch.from_numpy(expected))
 
 
@@ -127,7 +127,7 @@ def test_every_copy_of_documentvqa_is_read(tmp_path, source):
     write_split(tmp_path, "train", rows, shards=3)                              # pages cross shards
     pages = list(gather(open_rows(str(tmp_path), "train")))
     expected = list(gather(rows))
-    assert [(p.questions, p.answers, p.image) for p in pages] == [(p.questions, p.answers, p.image) for p in expected]
+    assert [(p.questions, p.answers, p.images) for p in pages] == [(p.questions, p.answers, p.images) for p in expected]
     assert len(pages) == 5 and count_rows(str(tmp_path), "train") == len(rows)
 
 
@@ -175,9 +175,9 @@ def test_bad_pages_are_named(tiny):
     [good] = gather(page_rows(1))
     prepare = Examples(tiny, 4, max_length=400)
     assert prepare[good].problem is None
-    cut = Page("9/1", good.image[:100], good.questions, good.answers, rows=3)
+    cut = Page("9/1", [good.images[0][:100]], good.questions, good.answers, rows=3)
     assert "cannot read it as an image" in prepare[cut].problem
-    assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.image, rows=3)].problem
+    assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.images, rows=3)].problem
     assert "leave no room in --max-length 60" in Examples(tiny, 4, max_length=60)[good].problem
 
 

@@ -48,7 +48,7 @@ def wide_reference(wide):
 def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference, case):
     if SHARED.exists():
         from data import gather, open_rows
-        images = [read_image(page.image) for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(2))]
+        images = [read_image(page.images[0]) for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(2))]
     else:
         from PIL import Image
         images = [Image.effect_noise(size, 90) for size in ((619, 1475), (900, 1200))]

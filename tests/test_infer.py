@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from commands import call, infer, refuses
+from data import gather
 from model.chat import decode
 from model.generate import generate
 from model.prompt import conversation_prompt
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
+from small_data import mixed_rows, write_dataset, write_split
 
 
 @pytest.fixture
@@ -225,6 +227,9 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--image", "-"), "give a QUESTION beside it"),
     (("--video", "nowhere.gif", "What?"), "cannot be read as an animation"),
     (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
+    (("--evaluate", "nowhere"), "nowhere: not found"),
+    (("--evaluate", "x", "What?"), "give no QUESTION"),
+    (("--predictions", "x.json", "What?"), "belong to --evaluate"),
     (("--device", "nonsense", "What?"), "try --device cpu"),
     (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
 ])
@@ -237,3 +242,94 @@ def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch)
     for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
         assert "q.jsonl:2: not a question" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")
+
+
+# -------------------------------------------------------------------------------------------------------- whole splits
+
+@pytest.fixture
+def split(tmp_path):
+    return write_dataset(tmp_path / "data", train_pages=1, validation_pages=5)
+
+
+def test_a_split_gets_the_same_predictions_in_any_batch_as_one_by_one(ask, split, tmp_path, tiny):
+    for batch in (1, 3):
+        ask("--evaluate", split, "--predictions", tmp_path / f"{batch}.json", "--batch", batch)
+    rows, predictions = mixed_rows(5, first=1000), json.loads((tmp_path / "1.json").read_text())
+    assert (tmp_path / "1.json").read_text() == (tmp_path / "3.json").read_text()
+    assert all(list(line) == ["questionId", "answer"] for line in predictions)
+    assert sorted(line["questionId"] for line in predictions) == sorted(row["questionId"] for row in rows)
+    told = {line["questionId"]: line["answer"] for line in predictions}
+    for row in rows[::5]:
+        (tmp_path / "one.png").write_bytes(row["image"]["bytes"])
+        assert ask("--image", tmp_path / "one.png", f"{row['question']} Answer the question using a single word or phrase.") == told[row["questionId"]] + "\n"
+
+
+def test_an_interrupted_evaluation_goes_on(ask, split, tmp_path, monkeypatch, folder, capsys):
+    table = ask("--evaluate", split, "--predictions", tmp_path / "whole.json", "--json")
+    calls, real_generate = [], infer.generate
+    def breaking(model, pages, *more):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(pages)
+        return real_generate(model, pages, *more)
+    monkeypatch.setattr(infer, "generate", breaking)
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 6, "--evaluate", split, "--predictions", tmp_path / "p.json")
+    assert call(infer, capsys, monkeypatch, *flags)[0] == 130
+    assert 0 < len(json.loads((tmp_path / "p.json").read_text())) < len(json.loads((tmp_path / "whole.json").read_text()))
+    monkeypatch.setattr(infer, "generate", lambda *a: calls.append(a[1]) or real_generate(*a))
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--json")
+    assert status == 0 and len(calls) == 5 and out == table                 # each of the five pages was answered once
+    assert (tmp_path / "p.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
+    assert "begun with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
+    assert "not those of" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+
+
+def mislabelled(tmp_path):
+    settings = json.loads((tmp_path / "p.scores.json").read_text()) | {}
+    settings["settings"]["split"] = "train"
+    (tmp_path / "q.scores.json").write_text(json.dumps(settings))
+    (tmp_path / "q.json").write_text((tmp_path / "p.json").read_text())
+    return tmp_path / "q.json"
+
+
+def test_scores_are_those_of_the_answers_told_by_type_and_without_answers_none(folder, tmp_path, capsys, monkeypatch):
+    rows = [row | {"question_types": "form" if row["docId"] % 2 else "table/list"} for row in mixed_rows(4)]
+    unanswered = [row | {"answers": None} for row in rows[:7]]
+    broken = [row | {"image": {"bytes": b"x", "path": None}} if row["docId"] == 3 else row for row in rows]
+    for name, written in (("validation", rows), ("test", unanswered), ("broken", broken)):
+        write_split(tmp_path / "data", name, written)
+    truth = {row["questionId"]: row["answers"][0] for row in rows}
+    asked = iter([])
+    def knowing(model, pages, *more):                                       # right but for an answer that has one character too many
+        texts = [text for _, text in zip(range(sum(max(prompt.branches) for _, prompt in pages)), asked)]
+        ids = [model.tokenizer(text).input_ids for text in texts]
+        return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
+    monkeypatch.setattr(infer, "generate", knowing)
+    order = [name for page in gather(rows) for name in page.ids]
+    asked = iter([truth[name] + ("!" if i == 0 else "") for i, name in enumerate(order)])
+    common = ("--model", folder, "--device", "cpu", "--evaluate", tmp_path / "data", "--json", "--max-new-tokens", 50)
+    table = json.loads(call(infer, capsys, monkeypatch, *common)[1])
+    assert table["all"]["questions"] == len(rows) and table["all"]["exact_match"] == pytest.approx(1 - 1 / len(rows))
+    assert table["type form"]["questions"] == sum(row["docId"] % 2 for row in rows) and table["type form"]["anls"] == 1
+    assert 1 - 1 / len(rows) < table["all"]["anls"] < 1 and set(table["all"]) == {"questions", *infer.SCORES}
+    asked = iter(["x"] * 99)
+    status, out, err = call(infer, capsys, monkeypatch, *common, "--split", "test", "--predictions", tmp_path / "t.json")
+    assert status == 0 and json.loads(out) == {} and len(json.loads((tmp_path / "t.json").read_text())) == 7, err
+    asked = iter([truth[name] for name in order if name // 100 != 3])
+    status, out, err = call(infer, capsys, monkeypatch, *common, "--split", "broken")
+    wrong = sum(row["docId"] == 3 for row in rows)
+    assert status == 0 and "3/1: cannot read it as an image" in err and "answered by nothing" in err
+    assert json.loads(out)["all"]["exact_match"] == pytest.approx(1 - wrong / len(rows))
+
+
+def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page, tmp_path):
+    lines = [{"id": "a", "image": "page.png", "conversations": [["<image>\nWhat is the date?", "1"], ["And the total?", "2"]]},
+             {"query": "What is the total?", "response": "2", "images": ["page.png"]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table = ask("--evaluate", tmp_path / "a.jsonl", "--predictions", tmp_path / "p.json")
+    assert "3 questions, 3 of them with an answer" in table and "anls_challenge" in table
+    predictions = json.loads((tmp_path / "p.json").read_text())
+    assert [line["questionId"] for line in predictions] == ["a/1", "a/2", f"{tmp_path / 'a.jsonl'}:2"]
+    assert predictions[0]["answer"] + "\n" == ask("--image", page, "What is the date?")
+    assert predictions[2]["answer"] + "\n" == ask("--image", page, "What is the total?")

@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 
-from commands import infer, train
+from commands import data, infer, train
 from conftest import ROOT
 from model.tiny.pages import draw_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer)\.py[^`\n|&]*", README)})
+COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer|data)\.py[^`\n|&]*", README)})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -21,7 +21,7 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path):
     (tmp_path / "settings.json").write_text('{"model": "tiny", "seed": 0, "from_scratch": true, "train": "projector"}')
     flags = [str(tmp_path) if flag == "RUN" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", [program, *flags])
-    parse = train.parse_settings if program == "train.py" else infer.parse_arguments
+    parse = {"train.py": train.parse_settings, "infer.py": infer.parse_arguments, "data.py": data.parse_arguments}[program]
     assert parse() is not None                                          # an unknown flag ends the program
 
 

@@ -83,7 +83,7 @@ def test_pixels_equal_the_reference_in_every_mode(mode):
 def test_pixels_equal_the_reference_on_real_receipts():
     from data import gather, open_rows
     for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(6)):
-        image = read_image(page.image)
+        image = read_image(page.images[0])
         ours = normalise(torch.from_numpy(tile_page(image, 12)), torch.float32)
         torch.testing.assert_close(ours, reference_pixels([image.convert("RGB")], 12), rtol=0, atol=1e-6)
 

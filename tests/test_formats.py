@@ -1,0 +1,363 @@
+"""Files of every format become the same pages; every mistake in them is told with its line; check and show tell the truth."""
+import collections
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from commands import call, data, refuses, train
+from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
+from example_formats import jsonl, write_formats
+from model import InputError
+from model.formats import read_file
+from model.prompt import conversation_prompt
+from model.tiling import read_image, tile_page
+from model.tiny.pages import draw_page
+
+
+def pages_of(path, **more):
+    return list(gather(open_rows(str(path), "train", hold_out=False, **more)))
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Drawn pages as PNG files, and (file name, question, answer) of them, two pages at a time mixed."""
+    folder, queues = tmp_path_factory.mktemp("files"), []
+    for number in range(8):
+        image, questions = draw_page(random.Random(number))
+        image.save(folder / f"page {number}.png")
+        queues.append([(f"page {number}.png", question, answer) for question, answer in questions])
+    rows = [row for pair in zip(queues[::2], queues[1::2]) for both in itertools.zip_longest(*pair) for row in both if row]
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def files(asked):
+    return write_formats(*asked)
+
+
+def contents(pages):
+    return [(page.images, page.questions, page.answers, page.accepted, page.follows, page.system, page.head, page.rows) for page in pages]
+
+
+def test_every_format_gives_the_same_pages_tokens_and_tiles(files, asked, tiny):
+    folder, rows = asked
+    expected = {}
+    for image, question, answer in rows:
+        expected.setdefault(str(folder / image), []).append((question, answer))
+    first = None
+    for name, file in files.items():
+        pages = pages_of(file)
+        assert {page.images[0]: list(zip(page.questions, page.answers)) for page in pages} == expected, name
+        assert [page.images[0] for page in pages] == list(expected), name
+        examples = [Examples(tiny, 4)[page] for page in pages]
+        first = first or (contents(pages), [(e.prompt, e.tiles) for e in examples])
+        assert contents(pages) == first[0], name
+        assert all(e.prompt == prompt and torch.equal(e.tiles, tiles) for e, (prompt, tiles) in zip(examples, first[1])), name
+
+
+def test_a_file_gives_the_pages_of_the_hub_layout(receipts, tmp_path):
+    hub, rows = list(gather(open_rows(str(receipts), "validation"))), []
+    for row in open_rows(str(receipts), "validation"):
+        (tmp_path / f"{row['docId']}.jpg").write_bytes(row["image"]["bytes"])
+        rows.append((f"{row['docId']}.jpg", row["question"], row["answers"][0]))
+    for name, file in write_formats(tmp_path, rows).items():
+        pages = pages_of(file)
+        assert len(pages) == len(hub) == 24, name
+        for page, other in zip(pages, hub):
+            assert [question + data.INSTRUCTION for question in page.questions] == other.questions and page.answers == other.answers
+            assert open(page.images[0], "rb").read() == other.images[0]
+
+
+def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny):
+    folder, _ = asked
+    turns, image = [("What is the date?", "03/04/05"), ("And the total?", "$12.00"), ("Thanks", "...")], str(folder / "page 1.png")
+    said = [side for turn in turns for side in turn]
+    entries = {
+        "conversations": {"image": image, "conversations": [{"from": "system", "value": "Be brief."}, *(
+            {"from": who, "value": text} for who, text in zip(itertools.cycle(("human", "gpt")), ["<image>\n" + said[0], *said[1:]]))]},
+        "messages": {"images": [image], "messages": [{"role": "system", "content": "Be brief."}, *(
+            {"role": who, "content": text} for who, text in zip(itertools.cycle(("user", "assistant")), said))]},
+        "history": {"system": "Be brief.", "query": turns[2][0], "response": turns[2][1], "images": [image],
+                    "history": [[f"<image>{turns[0][0]}", turns[0][1]], list(turns[1])]},
+    }
+    (tmp_path / "a.jsonl").write_text(jsonl(entries.values()))
+    pages = [page for i in range(3) for page in gather(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
+    assert contents(pages)[0] == contents(pages)[1] == contents(pages)[2]
+    example = Examples(tiny, 4)[pages[0]]
+    whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+    skip = len(tiny.tokenizer("Be brief.").input_ids) - 1           # the model's own system sentence is one token
+    assert example.prompt.ids[-60:] == whole.ids[-60:] and example.prompt.labels[-60:] == whole.labels[-60:]
+    assert example.prompt.positions == list(range(len(whole.ids) + skip)) and set(example.prompt.branches) == {0, 1}
+    assert example.answer_tokens == sum(len(tiny.tokenizer(a).input_ids) + 1 for _, a in turns)
+    prompt, _ = Examples(tiny, 4).write(pages[0], example.tile_counts, asked=[0, 2])        # asked behind the true turns before
+    last = [token for token, branch in zip(prompt.ids, prompt.branches) if branch == 2]
+    learned = [token for token, branch in zip(example.prompt.ids, example.prompt.branches) if branch == 1]
+    assert learned[:len(last)] == last and prompt.branches.count(1) < prompt.branches.count(2)
+    merged = pages_of(tmp_path / "a.jsonl")
+    assert len(merged) == 1 and len(merged[0].questions) == 9           # three conversations about one image: one page
+
+
+def test_images_in_the_text_stay_where_they_are(asked, tmp_path, tiny):
+    folder, _ = asked
+    a, b = (str(folder / f"page {i}.png") for i in (0, 1))
+    rows = [
+        ([a, b], [("Image-1: <image>\nImage-2: <image>\nWhat differs?", "nothing")]),
+        ([a, b], [("<image>\nWhat is the date?", "today"), ("And of <image>?", "never"), ("Why?", "so")]),
+        ([a, b], [("<image>\n<image>\nBoth?", "yes")]),
+        ([a, b], [("Both?", "yes")]),
+        ([a], [("Look at <image> first", "yes")]),
+        ([], [("Who are you?", "InternVL"), ("Sure?", "yes")]),
+    ]
+    (tmp_path / "a.jsonl").write_text(jsonl({"image": images, "conversations": [
+        {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]} for images, turns in rows))
+    pages = pages_of(tmp_path / "a.jsonl")
+    assert [len(page.questions) for page in pages] == [1, 2, 2, 1, 2]                      # the third and fourth are one page
+    examples, seen = [Examples(tiny, 12)[page] for page in pages], [0, 1, 2, 4, 5]
+    for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
+        counts = [len(tile_page(read_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
+        assert example.tile_counts == counts and len(example.tiles) == sum(counts)
+        if example.page is not pages[2]:
+            whole = conversation_prompt(tiny.tokenizer, 64, counts, turns)
+            assert (example.prompt.ids, example.prompt.labels) == (whole.ids, whole.labels)
+            assert example.prompt.positions == list(range(len(whole.ids)))
+    with torch.no_grad():                                       # split into prefix and branch or not: the loss is the same
+        for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
+            if example.page is not pages[2]:
+                whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+                losses = [tiny.loss(tiny.pack([(example.tiles, prompt)])).item() for prompt in (example.prompt, whole)]
+                assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_foodieqas_own_rows_are_those_of_its_conversion(asked, tmp_path):
+    folder, _ = asked
+    row = {"question": "这是什么菜？", "choices": ["糖醋排骨", "麻婆豆腐"], "answer": "1", "question_en": "?", "choices_en": ["a", "b"],
+           "food_name": "麻婆豆腐", "food_meta": {"food_file": str(folder / "page 0.png"), "food_name": "麻婆豆腐"}, "question_id": 7}
+    converted = {"image": str(folder / "page 0.png"), "conversations": [{"from": "human", "value": "这是什么菜？\n<image>"},
+                                                                        {"from": "gpt", "value": "麻婆豆腐，图中的菜是麻婆豆腐"}]}
+    for name, entry in (("a", row), ("b", converted)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([entry], ensure_ascii=False))
+    assert contents(pages_of(tmp_path / "a.json")) == contents(pages_of(tmp_path / "b.json"))
+    assert pages_of(tmp_path / "a.json")[0].ids == [7]
+
+
+def test_weights_say_how_often_rows_come_and_spread_them_evenly(files, asked):
+    a, b, n = files["internvl.jsonl"], files["swift-query.jsonl"], len(asked[1])
+    for weights, counts in (((1, 2), (n, 2 * n)), ((0.5, 1), (n // 2, n)), ((2.5, 1), (int(2.5 * n), n))):
+        mixed = f"{a}={weights[0]},{b}={weights[1]}"
+        rows = list(open_rows(mixed, "train", hold_out=False))
+        came = collections.Counter(row["place"].rpartition(":")[0] for row in rows)
+        assert (came[str(a)], came[str(b)]) == counts and count_rows(mixed, "train", hold_out=False) == sum(counts) == len(rows)
+        halves = collections.Counter(row["place"].rpartition(":")[0] for row in rows[:len(rows) // 2])
+        assert all(abs(2 * halves[str(f)] - came[str(f)]) <= 2 for f in (a, b))
+        pages = list(gather(rows))
+        assert sum(len(page.questions) for page in pages) == len(rows)
+        assert all(len(set(page.questions)) == len(page.questions) for page in pages)   # a repeated row is another page
+    assert named_parts(f"{a}=2,owner/name:x,{b}") == [(str(a), 2.0), ("owner/name:x", 1.0), (str(b), 1.0)]
+    with pytest.raises(InputError, match="'lots' is no weight"):
+        open_rows(f"{a}=lots", "train")
+
+
+def test_a_mixture_file_sets_weights_tiles_and_augmentation(files, asked, tmp_path, tiny):
+    folder, rows = asked
+    (tmp_path / "mix.json").write_text(json.dumps({
+        "small": {"root": str(folder), "annotation": str(files["internvl.jsonl"]), "repeat_time": 0.5, "max_dynamic_patch": 1},
+        "often": {"root": str(folder), "annotation": str(files["internvl.jsonl"]), "repeat_time": 2, "data_augment": True}}))
+    mixed = list(open_rows(str(tmp_path / "mix.json"), "train", hold_out=False))
+    assert len(mixed) == len(rows) // 2 + 2 * len(rows)
+    examples = [Examples(tiny, 4)[page] for page in gather(mixed)]
+    small = [example for example in examples if example.page.max_tiles == 1]
+    assert small and all(len(example.tiles) == 1 for example in small) and any(len(example.tiles) == 5 for example in examples)
+    augmented = [example for example in examples if example.page.augment]
+    plain = tile_page(read_image(augmented[0].page.images[0]), 4, 128)
+    assert not (augmented[0].tiles == torch.from_numpy(plain)).all()
+    assert (augmented[0].tiles.float() - torch.from_numpy(plain).float()).abs().mean() < 12     # but it is the same page
+    again = Examples(tiny, 4)[augmented[0].page]
+    assert torch.equal(again.tiles, augmented[0].tiles)                                 # drawn from page and epoch
+
+
+def test_a_file_keeps_pages_for_validation_that_are_not_trained_on(tmp_path):
+    rows = [{"id": i, "image": f"{i // 3}.png", "query": f"{i}?", "response": "x"} for i in range(300)]
+    (tmp_path / "a.jsonl").write_text(jsonl(rows))
+    train_rows, kept = (open_rows(str(tmp_path / "a.jsonl"), split) for split in ("train", "validation"))
+    assert len({row["images"] for row in kept}) == 5 and len(kept) == 15 and len(train_rows) == 285
+    assert not {row["images"] for row in kept} & {row["images"] for row in train_rows}
+    random.Random(0).shuffle(rows)
+    (tmp_path / "b.jsonl").write_text(jsonl(rows))
+    assert {row["questionId"] for row in open_rows(str(tmp_path / "b.jsonl"), "validation")} == {row["questionId"] for row in kept}
+    (tmp_path / "one.jsonl").write_text(jsonl(rows[:1]))
+    with pytest.raises(InputError, match="too few pages to keep one for validation"):
+        open_rows(str(tmp_path / "one.jsonl"), "validation")
+
+
+def test_micro_batches_have_pages_of_like_size_and_go_on_in_the_middle(tmp_path, tiny):
+    for i, size in enumerate(((100, 100), (256, 128), (256, 256), (512, 128))):
+        Image.new("L", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "a.jsonl").write_text(jsonl({"image": f"{random.Random(i).randrange(4)}.png", "query": f"{i}?", "response": "x"} for i in range(203)))
+    examples = Examples(tiny, 4)
+    rows = open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False)
+
+    def order(**where):
+        return list(PageStream(rows, epochs=2, look_ahead=1, seed=3, group=(examples.size, 4), **where))
+    whole = order()
+    sizes = [examples.size(page) for page in whole]
+    for page, size in zip(whole[:20], sizes):
+        assert 0 <= len(examples[page].prompt.ids) - size < 70                          # the system turn and the header
+    for epoch in range(2):
+        batches = [sizes[epoch * 203 + i:epoch * 203 + i + 4] for i in range(0, 200, 4)]
+        assert sum(max(batch) > 1.2 * min(batch) for batch in batches) <= 3             # at most where one size ends
+        assert batches != sorted(batches)
+    names = [(page.epoch, page.index, page.name) for page in whole]
+    assert sorted(names[:203], key=lambda n: n[2]) != names[:203] and len({name for *_, name in names[:203]}) == 203
+    assert [n for *_, n in names[:203]] != [n for *_, n in names[203:]]
+    for last in (6, 150, 199, 200, 202, 203, 350, 402):         # in a window, at its end, at the epoch's
+        page = whole[last]
+        start = page.epoch, page.index + 1, page.refill
+        assert [(p.epoch, p.index, p.name) for p in order(start=start)] == names[last + 1:]
+    assert sorted(grouped(range(11), lambda n: n % 2, 4, "x")) == list(range(11))
+
+
+# ------------------------------------------------------------------------------------------------------------ what is wrong
+
+def chat(*said, **more):
+    return {"conversations": [{"from": who, "value": text} for who, text in said], **more}
+
+
+Q, A = ("human", "What?"), ("gpt", "This.")
+IMAGE_Q = ("human", "<image>\nWhat?")
+MALFORMED = [                           # a line, and what is told of it
+    ("{", "no JSON"), ('{"a": 1,}', "no JSON"), ("nonsense", "no JSON"), ('{"query": "a" "response": "b"}', "no JSON"), ("{'query': 'a'}", "no JSON"),
+    ('{"query": "a", "response": "b"', "no JSON"), ('{"query": "a", "response": "b"}}', "no JSON"),
+    (5, "5; expected an object"), ("null", "missing; expected an object"), ('"text"', '"text"; expected an object'), (True, "true; expected an object"),
+    ({}, "none of the keys conversations, messages, query, food_meta, question (found: none)"), ({"text": "x"}, "(found: text)"),
+    ({"instruction": "x", "output": "y"}, "(found: instruction, output)"),
+    ([], "turns are []"), ({"conversations": []}, "turns are []"), ({"conversations": None}, "turns are missing"),
+    ({"conversations": "x"}, 'turns are "x"; expected a list'), ({"messages": {}}, "turns are {}"), ({"conversations": [5]}, "turn 1 is 5"),
+    ({"conversations": [{"from": "human"}]}, 'turn 1 is {"from": "human"}; expected [question, answer] or {"from", "value"}'),
+    ({"messages": [{"from": "user", "value": "x"}]}, 'expected [question, answer] or {"role", "content"}'),
+    ({"conversations": [["a", "b", "c"]]}, 'turn 1 is ["a", "b", "c"]'), ({"conversations": [["a"]]}, 'turn 1 is ["a"]'),
+    (chat(Q, ("robot", "x")), 'turn 2 is from "robot"; expected one of human'), (chat((5, "x"), A), "turn 1 is from 5"),
+    (chat((None, "x"), A), "turn 1 is from missing"), (chat(A, Q), "gpt speaks where a question is expected"),
+    (chat(Q, Q, A), "human speaks where an answer is expected"), (chat(Q, A, A), "gpt speaks where a question is expected"),
+    (chat(Q), "the last turn is no answer"), (chat(Q, A, Q), "the last turn is no answer"), (chat(("system", "x")), "the last turn is no answer"),
+    (chat(Q, ("system", "x"), A), "system speaks where an answer is expected"),
+    (chat(Q, ("gpt", "")), "an empty answer"), (chat(Q, ("gpt", " \n")), "an empty answer"), (chat(Q, ("gpt", None)), "turn 2 is missing; expected text"),
+    (chat(("human", 5), A), "turn 1 is 5; expected text"), (chat(("human", ["x"]), A), 'turn 1 is ["x"]; expected text'),
+    ('{"query": "\\ud800", "response": "x"}', "turn 1 is not UTF-8 at its character 1"), (b'{"query": "caf\xe9", "response": "x"}', "turn 1 is not UTF-8 at its character 4"),
+    ({"query": "x"}, "turn 2 is missing; expected text"), ({"query": None, "response": "x"}, "turn 1 is missing"), ({"query": "x", "response": 5}, "turn 2 is 5"),
+    ({"query": "x", "response": "y", "history": "z"}, 'turns are "z"'), ({"query": "x", "response": "y", "history": [["z"]]}, 'turn 1 is ["z"]; expected [question, answer]'),
+    (chat(IMAGE_Q, A), "1 <image> and 0 images"), (chat(("human", "<image><image>"), A, image="page 0.png"), "2 <image> and 1 images"),
+    (chat(IMAGE_Q, A, image=["page 0.png", "page 1.png"]), "1 <image> and 2 images"), (chat(Q, A, image=5), "image is [5]; expected a path"),
+    (chat(Q, A, image=[""]), 'image is [""]'), (chat(Q, A, image={"path": "x"}), 'image is [{"path": "x"}]'), (chat(("human", "<img></img>x"), A), "an <img></img> without a path"),
+    (chat(IMAGE_Q, A, image="nowhere.png"), "nowhere.png as an image"), (chat(IMAGE_Q, A, image="broken.png"), "broken.png as an image"),
+    (chat(IMAGE_Q, A, image="cut.png"), "cut.png as an image"), (chat(IMAGE_Q, A, image="."), "as an image"),
+    (chat(("human", "<img>nowhere.png</img>x"), A), "nowhere.png as an image"), (chat(IMAGE_Q, A, image="http://127.0.0.1:9/x.png"), "http://127.0.0.1:9/x.png"),
+    (chat(Q, A, video="x.mp4"), "a video; only images are read"),
+    ({"question": "x"}, "answers are missing; expected a text or a list"), ({"question": "x", "answers": []}, "answers are []"), ({"question": "x", "answer": 5}, "answers are 5"),
+    ({"question": "x", "food_meta": {}, "choices": ["a"], "answer": "3", "food_name": "y"}, "IndexError"), ({"question": "x", "food_meta": {}}, "KeyError: 'choices'"),
+]
+
+
+def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, capsys, monkeypatch):
+    assert len(MALFORMED) >= 60
+    folder, rows = asked
+    (tmp_path / "page 0.png").write_bytes((folder / "page 0.png").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "cut.png").write_bytes((folder / "page 0.png").read_bytes()[:200])
+    good = json.dumps(chat(IMAGE_Q, A, image="page 0.png"))
+    lines = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode() for line, _ in MALFORMED]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(part for line in lines for part in (good.encode(), line, b"")))   # blank lines are fine
+    status, out, err = call(data, capsys, monkeypatch, "check", tmp_path / "bad.jsonl")
+    *told, summary = out.splitlines()
+    assert status == 1 and not err
+    assert len(told) == len(MALFORMED), [line for line in told if not line.startswith(str(tmp_path))]
+    for number, (line, (_, reason)) in enumerate(zip(told, MALFORMED)):
+        assert line.startswith(f"{tmp_path / 'bad.jsonl'}:{3 * number + 2}: ") and reason in line, (line, reason)
+    assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
+
+
+@pytest.mark.parametrize("text, line, reason", [
+    ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', 3, "turn 2 is missing"),
+    ('[{"query": "a", "response": "b"}, {"query": "a"}]', 1, "entry 2: turn 2 is missing"),
+    ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', 3, "Expecting ',' or ']'"),
+    ('[\n {"query": "a", "response": "b"},\n]', 3, "no JSON"), ('[\n {"query": "a", "response": "b"},\n', 3, "no JSON"),
+    ('[\n {"query": "a", "response": "b"}\n]\nmore', 4, "Extra data"), ("", 1, "no rows"), ("\n\n", 1, "no rows"), ("[\n]", 1, "no rows"), ("[" * 100_000, 1, "no JSON"),
+    ('{\n "a": {"root": "x"}\n "b": 1}', 3, "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', 2, "annotation"),
+    ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', 2, "y: 5; expected an object"), ('{\n\n"x": {"annotation": 5}}', 3, "annotation is 5; expected a file"),
+    ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', 1, 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', 1, "above 0"),
+    ('{"x": {"annotation": "ok.jsonl", "max_dynamic_patch": 0}}', 1, "expected 1 to 128"), ('{"x": {"annotation": "ok.jsonl", "data_augment": 1}}', 1, "true or false"),
+    ('{"x": {"annotation": "ok.jsonl", "length": 7}}', 1, "length is 7, but ok.jsonl has 1 rows"),
+    ('{"x": {"annotation": "mix.json"}}', 1, "is a mixture file itself"),
+])
+def test_lists_and_mixtures_tell_the_line_too(tmp_path, capsys, monkeypatch, text, line, reason):
+    (tmp_path / "ok.jsonl").write_text('{"query": "a", "response": "b"}\n')
+    (tmp_path / "mix.json").write_text('{"x": {"annotation": "ok.jsonl"}, "y": {"annotation": "ok.jsonl"}}')
+    (tmp_path / "a.json").write_text(text)
+    status, out, _ = call(data, capsys, monkeypatch, "check", tmp_path / "a.json")
+    assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}:{line}: ") and reason in out, out
+    if line and "length" not in reason:
+        assert f"a.json:{line}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
+
+
+def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkeypatch):
+    status, out, _ = call(data, capsys, monkeypatch, "check", *files.values())
+    assert status == 0 and len(out.splitlines()) == len(files)
+    assert all(f"all is right; {len(asked[1])} rows, 8 pages, {len(asked[1])} questions" in line for line in out.splitlines())
+    status, out, _ = call(data, capsys, monkeypatch, "check", files["internvl.jsonl"], "--model", "tiny", "--max-length", 350)
+    assert status == 1 and "does not fit" in out and "internvl.jsonl:" in out.splitlines()[0]
+    assert "nowhere" in refuses(data, capsys, monkeypatch, "check", "nowhere.jsonl")
+
+
+def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeypatch):
+    picture = tmp_path / "tiles.png"
+    status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
+    assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
+    page = pages_of(files["llava.json"])[2]
+    example = Examples(tiny, 12)[page]
+    n = len(example.tiles)
+    assert f"tiles: {picture}" in out and Image.open(picture).size == (n * 136 - 8, 128)
+    for question, answer in zip(page.questions, page.answers):
+        text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
+        assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
+            "<im_start>", "<|im_start|>")
+    assert f"<IMG_CONTEXT> x {n * 64}" in out
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} learned"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
+
+
+def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, monkeypatch):
+    folder, _ = asked
+    text = jsonl([{"query": "Who are you?", "response": "a model"}, {"images": [str(folder / "page 0.png")] * 2, "query": "Same?", "response": "yes"}])
+    (tmp_path / "more.jsonl").write_text(text)
+    flags = ("--tiny", "--data", f"{files['internvl.jsonl']}=2,{tmp_path / 'more.jsonl'}", "--eval-data", files["xcomposer-pairs.json"], "--group-by-length",
+             "--batch-pages", 2, "--accumulate", 1, "--steps", 9, "--eval-every", 9, "--save-every", 4)
+    assert call(train, capsys, monkeypatch, *flags, "--out", tmp_path / "whole")[0] == 0
+    assert call(train, capsys, monkeypatch, *flags, "--out", tmp_path / "run")[0] == 0
+    for name in ("step-0000008.safetensors", "step-0000009.safetensors"):
+        (tmp_path / "run" / "checkpoints" / name).unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
+    status, out, err = call(train, capsys, monkeypatch, "--resume", tmp_path / "run")
+    assert status == 0 and "going on after step 4" in out, err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["anls"] for line in lines if "anls" in line][0] > 0.9 and (tmp_path / "run" / "curve.png").exists()
+
+
+def test_pages_without_any_image_train_nothing_of_the_projector_and_do_not_stop_the_run(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(jsonl({"query": f"{i}?", "response": "x"} for i in range(30)))
+    status, _, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.jsonl", "--steps", 2, "--eval-every", 1, "--out", tmp_path / "run")
+    assert status == 0, err
+
+
+def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
+    import os
+    (tmp_path / "a.jsonl").write_text(jsonl([{"query": "a", "response": "b"}]))
+    first = read_file(tmp_path / "a.jsonl")
+    assert read_file(tmp_path / "a.jsonl") is first
+    (tmp_path / "a.jsonl").write_text(jsonl([{"query": "a", "response": "b"}] * 2))
+    os.utime(tmp_path / "a.jsonl", ns=(1, 1))
+    assert len(read_file(tmp_path / "a.jsonl")[0].rows) == 2

@@ -129,10 +129,12 @@ def open_hub_rows(data, split, seed, domains):
         rows = retried(lambda: builder.as_streaming_dataset(split=split))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
-    except (ValueError, OSError) as error:              # no such split or configuration; nothing readable in the folder
+    except Exception as error:                          # classes differ by release
         if is_trouble(error):
             raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
                              "--data") from error
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
         raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet{hint}") from error
     columns = rows.column_names or []
@@ -208,7 +210,9 @@ class ParquetRows:
         from pyarrow import ArrowException
         try:
             return sum(retried(lambda: self.open(file)).metadata.num_rows for file in self.files)
-        except (ArrowException, OSError) as error:
+        except Exception as error:                              # classes differ by release
+            if not isinstance(error, (ArrowException, OSError)) and not is_trouble(error):
+                raise
             raise InputError(f"{self.data}: cannot read how many rows its files hold ({error}); mend them or "
                              "say how long to train with --steps") from error
 

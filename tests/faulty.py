@@ -33,6 +33,7 @@ def main():
         import data
         import train
         from model.errors import run
+        data.retried.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
         data.shuffled.__defaults__ = (8,)                           # pages held, so that training begins before all rows are read
         sleep, shown, pages = time.sleep, [], []
         time.sleep = lambda seconds: (shown.append(seconds), sleep(min(seconds, 0.02)))         # pauses are counted, not waited

@@ -22,7 +22,7 @@ import data                                                         # noqa: E402
 import train                                                        # noqa: E402
 from model.errors import run                                        # noqa: E402
 
-STEPS = 60
+STEPS, LONGEST = 56, 3                            # of the run; of an attempt, so that however fast, 25 do not reach the end
 PHASES = {"accumulate_gradients": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 1.0}     # seconds they take, about
 
 
@@ -34,7 +34,16 @@ def attempt(flags, log, phase=None, call=0, delay=0.0):
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    calls, function = [], getattr(train, phase) if phase else None
+    calls, steps, step = [], [], train.accumulate_gradients
+
+    def limited(*arguments):
+        steps.append(None)
+        if phase and len(steps) > LONGEST:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments)
+
+    train.accumulate_gradients = limited
+    function = getattr(train, phase) if phase else None
 
     def killing(*arguments, **more):
         calls.append(None)
@@ -63,14 +72,14 @@ def main():
     train.draw_curve = train.draw_samples = lambda *_: None         # pictures would take most of the time
     def flags(name):
         new = ["--model", "tiny", "--data", source, "--device", "cpu", "--workers", "2", "--look-ahead", "16", "--max-tiles", "1",
-               "--accumulate", "2", "--steps", str(STEPS), "--eval-every", "6", "--eval-pages", "2", "--save-every", "3",
+               "--accumulate", "2", "--steps", str(STEPS), "--eval-every", "3", "--eval-pages", "2", "--save-every", "2",
                "--keep", "2", "--lr", "1e-3", "--out", str(folder / name)]
         return new if not (folder / name / "settings.json").exists() else ["--resume", str(folder / name)]
     assert attempt(flags("whole"), folder / "whole.log") == 0
     draw, moments = random.Random(0), []
     while len(moments) < kills:
         phase = list(PHASES)[len(moments) % len(PHASES)]
-        status = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "accumulate_gradients" else draw.randint(1, 6),
+        status = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "accumulate_gradients" else draw.randint(1, 3),
                          draw.random() * PHASES[phase])
         assert status in (0, signal.SIGKILL), (folder / "run.log").read_text()[-3000:]
         assert status != 0, f"the run came to its end after {len(moments)} kills"

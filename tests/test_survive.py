@@ -91,7 +91,7 @@ def test_25_kills_change_nothing(tmp_path):
     moments = json.loads(done.stdout)
     assert len(moments) == 25 and {phase for phase, _ in moments} == {"accumulate_gradients", "evaluate", "save_checkpoint", "main"}
     assert_same(tmp_path / "whole", tmp_path / "run")
-    assert len(metrics(tmp_path / "run")) == 60 + 11
+    assert len(metrics(tmp_path / "run")) == 56 + 20
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3     # --keep 2 and the best; no half-written file
 
 

@@ -424,7 +424,7 @@ def begin(folder, settings, model, optimizer):
     """
     kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
     write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
-    for half in folder.rglob("*.part"):                         # of a process that was killed while it wrote
+    for half in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):      # ours and safetensors', of a process killed while it wrote
         half.unlink()
     state = {"step": 0, "epoch": 0, "index": 0, "refill": [0, 0], "rows": 0, "questions": 0, "split_pages": 0}
     checkpoint = latest_checkpoint(folder)

@@ -30,6 +30,7 @@ from data import Examples, gather, load_examples, load_image, open_rows
 from model import InputError, InternVL
 from model.chat import decode, describe, without_beginning
 from model.errors import OneLineParser, real_number, run, whole_number
+from model.explain import explain
 from model.generate import generate
 from model.int8 import to_int8
 from model.language import Cache
@@ -81,6 +82,7 @@ def parse_arguments():
     parser.add_argument("--port", type=whole_number(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
     parser.add_argument("--show", metavar="FILE.png", help="draw the first image as it is cut into tiles")
     parser.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens looked on the images")
+    parser.add_argument("--explain", metavar="FILE.html", help="write what happened to the image and the question, step by step, to be read in a browser")
     parser.add_argument("--int8", action="store_true", help="weights of a byte: least memory, faster with bfloat16 on a CPU")
     parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
     if parser.parse_args().tiny:
@@ -95,6 +97,8 @@ def parse_arguments():
     pictures = bool(arguments.image or arguments.video) and arguments.question is not None
     if (arguments.attend or arguments.show) and not pictures:
         parser.error("--show and --attend are for a QUESTION about an --image or a --video")
+    if arguments.explain and (len(arguments.image) != 1 or arguments.question is None):
+        parser.error("--explain is for a QUESTION about one --image")
     if arguments.web and (arguments.question is not None or arguments.image or arguments.video or arguments.questions):
         parser.error("--web takes images and questions in the browser; give none beside it")
     if "-" in arguments.image and arguments.question is None:
@@ -371,6 +375,16 @@ def browse(model, port, settings):
     server.serve_forever()
 
 
+def explain_to(path, model, image, question, settings):
+    """Write the explanation; print the answer, which is greedy."""
+    text, answer = explain(model, image, question, settings["max_tiles"], settings["max_new_tokens"])
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); expected a name like out.html in a folder that exists") from error
+    print(answer)
+
+
 def save_picture(picture, path):
     try:
         picture.save(path)
@@ -486,6 +500,8 @@ def main():
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     if arguments.web:
         return browse(model, arguments.port, settings)
+    if arguments.explain:
+        return explain_to(arguments.explain, model, images[0], arguments.question, settings)
     chat = model.chat(**settings)
     for image in images:
         chat.add_image(image)

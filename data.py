@@ -607,7 +607,8 @@ def leave_signals_to_the_parent(_):
 def load_examples(pages, examples, workers, pin_memory=False):
     """A DataLoader over `pages` (a PageStream or a list) that yields examples in their order."""
     return DataLoader(examples, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=leave_signals_to_the_parent, persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+                      worker_init_fn=leave_signals_to_the_parent)
 
 
 # -------------------------------------------------------------------------------------------------------------- check, show

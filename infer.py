@@ -69,7 +69,7 @@ def parse_arguments():
     parser.add_argument("--evaluate", metavar="DATA", help="answer and score a whole split: Hub id, local folder in Hub layout, or file")
     parser.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
     parser.add_argument("--predictions", metavar="FILE.json", help="answers of --evaluate, as the challenge takes them; goes on where it was interrupted")
-    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions, or pages of --evaluate, answered at once (%(default)s)")
+    parser.add_argument("--batch", type=whole_number(1), default=1, help="questions of --questions or --folder, or pages of --evaluate, answered at once (%(default)s)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
     parser.add_argument("--max-tiles", type=SETTINGS["max_tiles"], default=12, help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
     parser.add_argument("--max-new-tokens", type=SETTINGS["max_new_tokens"], default=512, help="longest answer (%(default)s)")
@@ -103,8 +103,9 @@ def parse_arguments():
         parser.error("--web takes images and questions in the browser; give none beside it")
     if "-" in arguments.image and arguments.question is None:
         parser.error("--image - reads the image from standard input; give a QUESTION beside it")
-    if arguments.evaluate and (arguments.question is not None or arguments.image or arguments.video or arguments.questions or arguments.folder):
-        parser.error("--evaluate names the questions and images itself; give no QUESTION, --image or --questions beside it")
+    if arguments.evaluate and (arguments.question is not None or arguments.image or arguments.video or arguments.questions
+                               or arguments.folder or arguments.web):
+        parser.error("--evaluate names the questions and images itself; give no QUESTION and no images beside it")
     if not arguments.evaluate and (arguments.predictions or arguments.split):
         parser.error("--predictions and --split belong to --evaluate DATA")
     if arguments.question is not None:
@@ -400,7 +401,7 @@ def evaluate(model, arguments):
     """
     path = Path(arguments.predictions) if arguments.predictions else None
     settings = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", "max_tiles", "max_new_tokens", "temperature",
-                                                            "top_p", "seed")} | {"dtype": str(model.dtype).split(".")[-1]}
+                                                            "top_p", "seed", "int8")} | {"dtype": str(model.dtype).split(".")[-1]}
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
     known, answers = earlier_answers(path, settings) if path else [], []
     examples = Examples(model, arguments.max_tiles, model.config.language.max_positions - arguments.max_new_tokens, arguments.allow_private)

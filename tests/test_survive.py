@@ -170,7 +170,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(fit, monkeypatch, number):
 def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, monkeypatch):
     flags = "--eval-every", 3, "--eval-pages", 2
     _, _, whole = fit("whole", *flags)
-    for owner, name, count in ((data, "tile_page", 7), (train, "page_prompt", 3)):
+    for owner, name, count in ((data, "tile_page", 7), (train, "generate", 3)):
         with monkeypatch.context() as patch:
             at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
             status, err, run = fit("run", *flags)

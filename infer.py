@@ -57,7 +57,7 @@ def parse_arguments():
     parser = OneLineParser(description=__doc__)
     parser.add_argument("question", nargs="?", help="what to ask; none: a chat, or one question a line from standard input")
     parser.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
-    parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model folder, run folder or checkpoint (%(default)s)")
+    parser.add_argument("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, model, run or adapter folder, or checkpoint (%(default)s)")
     parser.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                         help="an image, a PDF (scan.pdf#2: its second page), - for standard input; may be given several times")
     parser.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")

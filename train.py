@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,17 +27,44 @@ from tqdm import tqdm
 from data import (INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, load_image, named_parts,
                   open_rows)
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
-                              read_settings, save_checkpoint, write_text)
+from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, export_adapter, keep_newest, latest_checkpoint,
+                              load_checkpoint, read_settings, save_checkpoint, write_text)
 from model.errors import OneLineParser, real_number, run, warn, whole_number
 from model.generate import generate
+from model.lora import TARGETS, add_adapters
 from model.memory import peak_gb, step_gb
 from model.score import anls, exact_match
 from model.tiny.pages import DOMAINS
 
-PARTS = ("projector", "llm", "vision")
-TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, lr=5e-3, warmup=0.05, eval_every=50, eval_pages=48,
+PARTS = ("projector", "lora", "llm", "vision")
+TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)
+# Highest learning rates. The official second fine-tuning of InternVL2-1B opens projector and LLM, or LoRA, at 4e-5; its
+# domain adaptation, the one that opens the vision encoder, takes 1e-5. The embedded model's (TINY_LR) were
+# tried: with its LLM or vision encoder at 5e-4 and more it had not learned to read negatives after 250 steps.
+LR = {"projector": 4e-5, "lora": 4e-5, "llm": 4e-5, "vision": 1e-5}
+TINY_LR = {"projector": 5e-3, "lora": 5e-4, "llm": 2e-4, "vision": 2e-4}
+# Published recipes: where they are from, what they set. They count questions in a step, we count pages: DocumentVQA has 3.87
+# questions a page. None sets drop path (0.1 in the official full run) or groups by length, as the originals do.
+OFFICIAL = dict(max_tiles=6, max_length=4096, schedule="cosine", warmup=0.03, weight_decay=0.01, beta2=0.999, clip=1.0,
+                batch_pages=1, checkpoint_activations=True)
+RECIPES = {
+    "official-full": ("InternVL 2.0 second fine-tuning of 1B, full: 128 questions a step",
+                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
+    "official-lora": ("InternVL 2.0 second fine-tuning of 1B, LoRA: 16 questions a step",
+                      OFFICIAL | dict(train="lora", lr=4e-5, accumulate=4, lora_rank=16, lora_alpha=32, lora_dropout=0.05, lora_targets="llm")),
+    "xtuner-lora": ("XTuner's InternVL2 LoRA with the learning rate and batch of its FoodieQA tutorial: 8 questions a step",
+                    OFFICIAL | dict(train="projector,lora", lr=3e-5, accumulate=2, weight_decay=0.05, max_tiles=12, max_length=8192,
+                                    lora_rank=128, lora_alpha=256, lora_dropout=0.05, lora_targets="llm")),
+    "ms-swift-lora": ("ms-swift's defaults for LoRA, on query, key and value: 16 questions a step",
+                      OFFICIAL | dict(train="lora", lr=1e-4, accumulate=4, warmup=0.05, weight_decay=0.1, beta2=0.95, max_tiles=12,
+                                      lora_rank=8, lora_alpha=32, lora_dropout=0.05, lora_targets="qkv")),
+    "paddlemix-llm": ("PaddleMIX's second fine-tuning of 1B, LLM and projector open: 128 questions a step",
+                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
+}
+RESHAPING = ("train", "lora_rank", "lora_alpha", "lora_targets")        # flags that a run cannot change half-way
+CARD = ("data", "domain", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps", "epochs", "batch_pages",
+        "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")      # settings told in a model card
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
 
@@ -52,20 +80,28 @@ def parse_settings():
     data.add_argument("--data", default="zhangfaen/DocumentVQA", help="Hub id, local folder in Hub layout, file (.json, .jsonl), or synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     data.add_argument("--eval-data", metavar="DATA", help="to validate on (the validation split of --data; of a file one page in 20, which is then not trained on)")
     data.add_argument("--domain", type=domain_names, default="plain", help="what synthetic pages look like, comma-separated (%(default)s)")
-    data.add_argument("--train", type=part_names, default="projector", help="parts that train, comma-separated: projector, llm, vision, or all (%(default)s)")
+    data.add_argument("--train", type=part_names, default="projector", help="parts that train, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
+    data.add_argument("--recipe", choices=RECIPES, help="set the flags as a published recipe does; those typed beside it win")
     data.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
     data.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page; longer ones are left out (%(default)s)")
     data.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True, help="pages in seeded order, or in file order")
     data.add_argument("--allow-private", action=argparse.BooleanOptionalAction, default=False, help="fetch images from addresses of a private network too")
     data.add_argument("--group-by-length", action=argparse.BooleanOptionalAction, default=False, help="micro-batches of pages of like size")
     data.add_argument("--look-ahead", type=whole_number(1), default=512, help="rows over which a page's questions are gathered (%(default)s)")
+    lora = parser.add_argument_group("LoRA, with --train lora")
+    lora.add_argument("--lora-rank", type=whole_number(1), default=16, help="width between the two matrices (%(default)s)")
+    lora.add_argument("--lora-alpha", type=real_number(1e-6, 1e6), default=32.0, help="what they add is multiplied by alpha / rank (%(default)s)")
+    lora.add_argument("--lora-dropout", type=real_number(0, 0.999), default=0.05, help="of what they read, while training (%(default)s)")
+    lora.add_argument("--lora-targets", type=target_names, default="llm", help="layers that get them, comma-separated: " + ", ".join(TARGETS) + " (%(default)s)")
     batch = parser.add_argument_group("batch and length of the run")
     batch.add_argument("--batch-pages", type=whole_number(1), default=1, help="pages in a micro-batch (%(default)s)")
     batch.add_argument("--accumulate", type=whole_number(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
     batch.add_argument("--steps", type=whole_number(1), help="optimizer steps; with --epochs, the first one reached")
     batch.add_argument("--epochs", type=whole_number(1), help="times through the data (1 if --steps is not given)")
-    optimizer = parser.add_argument_group("optimizer: AdamW, betas 0.9 and 0.999")
-    optimizer.add_argument("--lr", type=real_number(0, 1000), default=4e-5, help="highest learning rate (%(default)s)")
+    optimizer = parser.add_argument_group("optimizer: AdamW, beta1 0.9")
+    optimizer.add_argument("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
+                           help="highest learning rate, or one a part (" + ", ".join(f"{part}={rate:g}" for part, rate in LR.items()) + ")")
+    optimizer.add_argument("--beta2", type=real_number(0, 0.999999), default=0.999, help="how slowly the mean of squares moves (%(default)s)")
     optimizer.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="how it falls (%(default)s)")
     optimizer.add_argument("--warmup", type=real_number(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
     optimizer.add_argument("--weight-decay", type=real_number(0, 1000), default=0.01, help="of matrices, not of biases and norms; 0: none (%(default)s)")
@@ -78,11 +114,16 @@ def parse_settings():
     log.add_argument("--out", help="run folder (runs/ and the time of day)")
     log.add_argument("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     log.add_argument("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
+    log.add_argument("--format", choices=("official", "native", "peft"), default="official",
+                     help="of the folder: the official layout, transformers' own, or the adapter alone (%(default)s)")
+    log.add_argument("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
     machine.add_argument("--seed", type=whole_number(0), default=0, help="of the pages' order and of random weights (%(default)s)")
     machine.add_argument("--workers", type=whole_number(0), default=min(4, os.cpu_count() or 1), help="processes that decode and tile pages (%(default)s)")
+    machine.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                         help="keep a block's input alone and run it again in the backward pass: less memory, a third more work")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the blocks with torch.compile")
 
     settings = parser.parse_args()
@@ -92,11 +133,21 @@ def parse_settings():
                                for key, value in kept.items()})
     elif settings.tiny:
         parser.set_defaults(**TINY)
+    if settings.recipe:
+        parser.set_defaults(**RECIPES[settings.recipe][1])
     settings = parser.parse_args()
     if settings.resume and settings.out != settings.resume:
         parser.error(f"--out {settings.out}: --resume goes on in its own folder; to begin another run from it, use --model {settings.resume}")
-    if settings.resume and settings.train != read_settings(settings.resume).get("train"):
-        parser.error(f"--train {settings.train}: not what the run trains; to train other parts, begin a run with --model {settings.resume}")
+    for key in RESHAPING if settings.resume else ():
+        if getattr(settings, key) != read_settings(settings.resume).get(key, getattr(settings, key)):
+            parser.error(f"--{key.replace('_', '-')} {getattr(settings, key)}: not what the run trains; to train other parts, "
+                         f"begin a run with --model {settings.resume}")
+    if isinstance(settings.lr, dict) and not settings.lr.keys() <= set(settings.train.split(",")):
+        parser.error(f"--lr: a rate for {', '.join(settings.lr)}, but --train {settings.train}")
+    if not isinstance(settings.lr, float):
+        rates = (TINY_LR if settings.tiny else LR) | (settings.lr or {})
+        settings.lr = {part: rates[part] for part in settings.train.split(",")}
+        settings.lr = settings.lr if len(set(settings.lr.values())) > 1 else min(settings.lr.values())
     if not settings.steps and not settings.epochs:
         settings.epochs = 1
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,10 +169,25 @@ def whole_paths(data):
 
 def part_names(text):
     """'all' -> 'projector,llm,vision'."""
-    text = ",".join(PARTS) if text == "all" else text
+    text = "projector,llm,vision" if text == "all" else text
     for part in text.split(","):
         if part not in PARTS:
             raise argparse.ArgumentTypeError(f"{part!r} is no part of the model; expected {', '.join(PARTS)}, or all")
+    return text
+
+
+def learning_rates(text):
+    """'4e-5' -> 4e-5; 'projector=1e-3,lora=1e-4' -> {'projector': 1e-3, 'lora': 1e-4}."""
+    if "=" not in text:
+        return real_number(0, 1000)(text)
+    rates = dict(entry.split("=") for entry in text.split(","))
+    return {part_names(part): real_number(0, 1000)(rate) for part, rate in rates.items()}
+
+
+def target_names(text):
+    for target in text.split(","):
+        if target not in TARGETS:
+            raise argparse.ArgumentTypeError(f"{target!r} is no set of layers; expected {', '.join(TARGETS)}")
     return text
 
 
@@ -146,35 +212,53 @@ def open_run(settings):
 
 # -------------------------------------------------------------------------------------------------------- model, optimizer
 
+def part_parameters(model):
+    """{part: its parameters}; adapters are the part lora, whatever layer they sit on."""
+    parts, part_of = {part: [] for part in PARTS}, {"projector": "projector", "language": "llm", "vision": "vision"}
+    for name, parameter in model.named_parameters():
+        parts["lora" if ".adapter." in name else part_of[name.split(".")[0]]].append(parameter)
+    return parts
+
+
 def choose_parts(model, train):
-    """Let the named parts train, in float32; the rest stays frozen. Returns {part: (module, whether it trains)}."""
-    modules = dict(zip(PARTS, (model.projector, model.language, model.vision)))
-    for part in train.split(","):
-        modules[part].float().requires_grad_(True)
-    return {part: (module, part in train.split(",")) for part, module in modules.items()}
+    """Let the named parts train, in float32; the rest stays frozen. Adapters are there before (see lora.py)."""
+    for part, parameters in part_parameters(model).items():
+        for parameter in parameters if part in train.split(",") else ():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
 
 
-def print_parts(parts, lr):
+def highest_rate(settings, part):
+    return settings.lr[part] if isinstance(settings.lr, dict) else settings.lr
+
+
+def print_parts(model, settings):
     print(f"{'part':<10} {'parameters':>12}  {'trains':<7} {'dtype':<9} learning rate")
-    for part, (module, trains) in parts.items():
-        count, dtype = sum(p.numel() for p in module.parameters()), str(next(module.parameters()).dtype).split(".")[-1]
-        print(f"{part:<10} {count:>12,}  {'yes' if trains else 'frozen':<7} {dtype:<9} {lr if trains else '-'}")
+    for part, parameters in part_parameters(model).items():
+        trains, dtypes = part in settings.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
+        if parameters:
+            print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'yes' if trains else 'frozen':<7} {'/'.join(dtypes):<9} "
+                  f"{highest_rate(settings, part) if trains else '-'}")
 
 
 def make_optimizer(model, settings):
-    """AdamW over what trains; decay for matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=settings.device.startswith("cuda"))
+    """AdamW over what trains, each part with its highest learning rate; decay for matrices only."""
+    groups = []
+    for part, parameters in part_parameters(model).items():
+        trained = [p for p in parameters if p.requires_grad]
+        for group, decay in (([p for p in trained if p.ndim > 1], settings.weight_decay), ([p for p in trained if p.ndim <= 1], 0.0)):
+            if group:
+                rate = highest_rate(settings, part)
+                groups.append({"params": group, "weight_decay": decay, "lr": rate, "highest": rate})
+    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), eps=1e-8, fused=settings.device.startswith("cuda"))
 
 
-def learning_rate(fraction, settings):
-    """The learning rate when `fraction` of the run, 0 to 1, is done."""
+def share_of_rate(fraction, settings):
+    """Which share of the highest learning rate holds when `fraction` of the run, 0 to 1, is done."""
     if fraction < settings.warmup:
-        return settings.lr * fraction / settings.warmup
+        return fraction / settings.warmup
     fraction = (fraction - settings.warmup) / max(1 - settings.warmup, 1e-9)
-    return settings.lr * {"constant": 1.0, "linear": 1 - fraction, "cosine": (1 + math.cos(math.pi * fraction)) / 2}[settings.schedule]
+    return {"constant": 1.0, "linear": 1 - fraction, "cosine": (1 + math.cos(math.pi * fraction)) / 2}[settings.schedule]
 
 
 # ------------------------------------------------------------------------------------------------------------------- steps
@@ -247,6 +331,7 @@ def accumulate_gradients(model, examples, batch_pages):
     Every micro-batch's summed loss is divided by the answer tokens of the whole step, so a token weighs the same whatever
     micro-batch it is in: 1 x 16, 4 x 4 and 16 x 1 pages give the same gradient, and the logged loss is the whole step's.
     """
+    model.train()
     tokens = sum(example.answer_tokens for example in examples)
     step_loss = torch.zeros((), device=model.device)
     for micro_batch in chunks(examples, batch_pages):
@@ -280,6 +365,7 @@ def evaluate(model, examples):
     measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the greedy
     answers, 0 to 1. answers: one dict a question. All questions of a page are answered from one prefix.
     """
+    model.eval()
     total, tokens, answers = 0.0, 0, []
     prompts = Examples(model, max_length=None)
     for example in examples:
@@ -411,7 +497,11 @@ def load_model(settings):
         model = InternVL.from_scratch(settings.model, settings.seed, settings.device, settings.dtype)
     else:
         model = InternVL.from_pretrained(settings.model, settings.device, settings.dtype)
-    print_parts(choose_parts(model, settings.train), settings.lr)
+    if "lora" in settings.train.split(","):
+        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets, settings.seed)
+    choose_parts(model, settings.train)
+    print_parts(model, settings)
+    model.vision.recompute = model.language.recompute = settings.checkpoint_activations
     if settings.compile:
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
@@ -422,7 +512,7 @@ def begin(folder, settings, model, optimizer):
     """Write the settings. Returns where the run stands, at its latest checkpoint or at step 0, and the {step: loss} of the
     validations up to there; what its files tell of later is dropped.
     """
-    kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "tiny")}
+    kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "format", "push_to_hub", "tiny")}
     write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
     for half in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):      # ours and safetensors', of a process killed while it wrote
         half.unlink()
@@ -494,14 +584,52 @@ def told_in_one_line(folder):
                          f"lower --workers or --max-tiles, then go on with --resume {folder}") from error
 
 
+def export(run_folder, target, layout, repository=None):
+    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it to a Hub repository if one is named."""
+    if layout == "peft":
+        export_adapter(run_folder, target)
+    else:
+        InternVL.from_pretrained(run_folder, "cpu", "float32").save_pretrained(target, layout)
+    run_folder = Path(run_folder)
+    write_card(run_folder.parent.parent if run_folder.suffix == ".safetensors" else run_folder, Path(target))
+    print(f"wrote {target}")
+    if repository:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        try:
+            HfApi().create_repo(repository, exist_ok=True)
+            print("uploaded", HfApi().upload_folder(repo_id=repository, folder_path=target))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', or upload {target} yourself") from error
+
+
+def write_card(run, folder):
+    """Write README.md, the model card: base, data, settings, score and curve of a run."""
+    if not (run / SETTINGS).exists():                           # a model folder exported anew: nothing is known of its training
+        return
+    settings, measured = read_settings(run), [line for line in read_lines(run / METRICS) if "val_loss" in line]
+    settings |= {key: Path(settings[key]).name for key in ("model", "data") if Path(settings[key]).is_absolute()}
+    told = {key: settings[key] for key in CARD if settings.get(key) is not None}
+    card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n", f"# {settings['model']}, fine-tuned\n",
+            "| setting | value |\n|---|---|", *(f"| {key} | {value} |" for key, value in told.items())]
+    if measured:
+        names = [name for name in measured[-1] if name != "step"]
+        card += ["", f"| step | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|",
+                 *(f"| {line['step']} | " + " | ".join(f"{line[name]:.4f}" for name in names) + " |" for line in (measured[0], measured[-1]))]
+        shutil.copyfile(run / "curve.png", folder / "curve.png")
+        card += ["\n![training and validation loss](curve.png)"]
+    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
+
+
 def main():
     settings = parse_settings()
     if settings.export:
-        run_folder, target = settings.export
-        InternVL.from_pretrained(run_folder, "cpu", "float32").save_pretrained(target)
-        return print(f"wrote {target}")
+        return export(*settings.export, settings.format, settings.push_to_hub)
     folder = open_run(settings)
     print(json.dumps(vars(settings)))
+    if settings.recipe:
+        source, sets = RECIPES[settings.recipe]
+        print(f"recipe {settings.recipe} ({source}) sets " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sets.items()))
 
     # the model and its data, then where the run stands
     model = load_model(settings)
@@ -579,7 +707,8 @@ def main():
                     with interruptions.deferred():
                         # ------------------------------------------------------------------------------------ a training step
                         rows = sum(example.page.rows for example in pages)
-                        lr = learning_rate(fraction_done(step + 0.5, state["rows"] + rows / 2), settings)   # at its middle
+                        share = share_of_rate(fraction_done(step + 0.5, state["rows"] + rows / 2), settings)    # at its middle
+                        torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
                         loss = accumulate_gradients(model, pages, settings.batch_pages)
                         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
                         loss, norm = torch.stack([loss, norm]).tolist()     # waits for the device
@@ -588,7 +717,7 @@ def main():
                             raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; "
                                              f"pages {names}; look at them, or lower --lr")
                         for group in optimizer.param_groups:
-                            group["lr"] = lr
+                            group["lr"] = share * group["highest"]
                         whole = False
                         optimizer.step()
                         optimizer.zero_grad()
@@ -601,6 +730,7 @@ def main():
                                      split_pages=state["split_pages"] + sum(example.page.split for example in pages))
                         whole = True
                         speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
+                        lr = max(group["lr"] for group in optimizer.param_groups)
                         log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
                             answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
                             data_wait=data_wait, peak_gb=memory)

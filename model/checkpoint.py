@@ -1,6 +1,7 @@
 """How do file names map to ours? The border: what is loaded is checked here, and official names are known only here.
 
 A *model folder* has the official layout: config.json, the tokenizer's files and one model.safetensors.
+An *adapter folder* is PEFT's: adapter_config.json, which names the model it belongs to, and adapter_model.safetensors.
 A *run folder* is what train.py writes: settings.json, checkpoints/, and when the run has ended also a model folder.
 A *checkpoint* in it holds the trained tensors, in float32, and the optimizer's state; the rest is in the run's base model.
 Only safetensors and JSON are read or written. FACTS: "Checkpoint".
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 
 from model.config import Config
 from model.errors import InputError
+from model.layouts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, native_files, native_tensors, peft_files, read_adapter, read_adapter_config
+from model.lora import adapters
 from model.network import retried
 
 OFFICIAL_NAMES = {                      # of modules; a block's number stands for #
@@ -50,15 +53,18 @@ OFFICIAL_NAMES = {                      # of modules; a block's number stands fo
 }
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
+TOKENIZER = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"
 BESIDE_WEIGHTS = (                      # what else makes a model folder complete, for us and for the official code
-    CONFIG, "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER,
     "configuration_*.py", "modeling_*.py", "conversation.py")
 TINY = Path(__file__).parent / "tiny"
 
 
 def official_name(name):
-    """'vision.blocks.7.mlp_up.weight' -> 'vision_model.encoder.layers.7.mlp.fc1.weight'."""
+    """'vision.blocks.7.mlp_up.weight' -> 'vision_model.encoder.layers.7.mlp.fc1.weight'; adapters as PEFT names them."""
+    layer, adapter, part = name.partition(".adapter.")
+    if adapter:
+        return official_name(layer) + {"a.weight": ".lora_A.weight", "b.weight": ".lora_B.weight"}[part]
     number = re.search(r"\.(\d+)\.", name)
     general = re.sub(r"\.\d+\.", ".#.", name)
     kind = re.search(r"\.(weight|bias)$", general)
@@ -101,7 +107,7 @@ def load(build, name, device=None, dtype=None, seed=None):
                          f"{config.language.vocabulary}; they are not of the same model")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
-        load_checkpoint(path, model)
+        (load_adapter if path.is_dir() else load_checkpoint)(path, model)
     return model
 
 
@@ -116,7 +122,7 @@ def check_size(build, config, folder):
 
 
 def find(name, seed=None):
-    """Where a model is -> (model folder, checkpoints to lay over it, seed of random weights or None)."""
+    """Where a model is -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None)."""
     if name == "tiny":
         return TINY, [], seed
     path = Path(name)
@@ -132,6 +138,9 @@ def find(name, seed=None):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         folder, overlays, seed = find(settings["model"], settings["seed"] if settings["from_scratch"] else None)
         return folder, [*overlays, trained], seed
+    if (path / ADAPTER_CONFIG).is_file():
+        folder, overlays, seed = find(read_adapter_config(path)["base_model_name_or_path"], seed)
+        return folder, [*overlays, path], seed
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
@@ -218,20 +227,32 @@ def load_tokenizer(folder):
 
 # ----------------------------------------------------------------------------------------------------------------- saving
 
-def save(model, folder):
+def save(model, folder, layout="official"):
     """Write a model folder. See `InternVL.save_pretrained`."""
     folder = Path(folder)
-    tensors = {official_name(ours): tensor.detach().to("cpu", model.stored_dtypes[ours]).contiguous()
-               for ours, tensor in model.state_dict().items()}
+    tensors = {official_name(ours): tensor.to("cpu", model.stored_dtypes[ours]).contiguous() for ours, tensor in merged(model)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in BESIDE_WEIGHTS:
+        for pattern in BESIDE_WEIGHTS if layout == "official" else TOKENIZER:
             for file in model.folder.glob(pattern):
                 if file.resolve() != (folder / file.name).resolve():
                     shutil.copyfile(file, folder / file.name)
+        if layout == "native":
+            tensors = native_tensors(tensors)
+            for name, value in native_files(model).items():
+                write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
         write(tensors, folder / WEIGHTS, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error
+
+
+@torch.no_grad()
+def merged(model):
+    """Yield (our name, tensor) of the model as it is without adapters: they are added to their layers' weights, in float32."""
+    added = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
+    for name, tensor in model.state_dict().items():
+        if ".adapter." not in name:
+            yield name, tensor.float() + added[name].delta() if name in added else tensor
 
 
 def write(tensors, path, metadata):
@@ -290,7 +311,8 @@ def save_checkpoint(path, model, optimizer, state):
     state = json.dumps(state)
     try:
         path.parent.mkdir(exist_ok=True)
-        write(tensors, path, {"state": state, "sha256": checksum(tensors, tensors.get, state)})
+        scale = {"lora_scale": str(adapter.scale) for adapter in adapters(model).values()}      # all have one
+        write(tensors, path, {"state": state, "sha256": checksum(tensors, tensors.get, state)} | scale)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({error}); the checkpoints before it are whole: make room, then go on "
                          f"with --resume {path.parent.parent}") from error
@@ -309,17 +331,21 @@ def load_checkpoint(path, model, optimizer=None):
     """Lay a checkpoint's trained tensors over a model; with an `optimizer` restore it too. Returns the saved `state`.
 
     Raises InputError for a file that does not fit the model or is not what was written, before anything is changed.
-    Trained tensors take the dtype of the model's parameters.
+    Trained tensors take the dtype of the model's parameters; adapters that the model lacks are merged into its weights.
     """
-    ours = {official_name(name): parameter for name, parameter in model.named_parameters()}
+    ours, adapted = {official_name(name): parameter for name, parameter in model.named_parameters()}, {}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 kind, name = ("model", key[6:]) if key.startswith("model.") else key.split(".", 2)[1:]
+                if ".lora_" in name and name not in ours:
+                    adapted |= {name: file.get_tensor(key)} if kind == "model" else {}
+                    continue
                 tensor = file.get_slice(key)
                 expected = [] if kind == "step" else list(ours[name].shape) if name in ours else None
                 if tensor.get_shape() != expected or tensor.get_dtype() not in STORED_DTYPES:
                     raise InputError(f"{path}: {name} {tuple(tensor.get_shape())} {tensor.get_dtype()} is not of this model")
+            fitting = fit_adapters(ours, adapted, path)
             state = file.metadata()["state"]
             if checksum(file.keys(), file.get_tensor, state) != file.metadata()["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of what was saved; delete it to go on from the "
@@ -331,17 +357,70 @@ def load_checkpoint(path, model, optimizer=None):
             for key in file.keys():
                 kind, name = ("model", key[6:]) if key.startswith("model.") else key.split(".", 2)[1:]
                 tensor = file.get_tensor(key)
-                if kind == "model":
+                if kind == "model" and name in ours:
                     with torch.no_grad():
                         ours[name].copy_(tensor)
                 elif optimizer:
                     on_cpu = kind == "step" and not optimizer.defaults["fused"]     # where AdamW counts its steps
                     optimizer.state[ours[name]][kind] = tensor if on_cpu else tensor.to(ours[name].device)
+            merge_adapters(fitting, float(file.metadata().get("lora_scale", 0)))
             return state
     except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a checkpoint of train.py, or not a whole one ({error})") from error
+
+
+def fit_adapters(weights, adapted, path):
+    """[(weight, A, B)] of adapters, {"LAYER.lora_A.weight": (rank, in), "LAYER.lora_B.weight": (out, rank)}, and `weights`.
+
+    Raises InputError, naming `path`, for a layer that is not there or has another shape.
+    """
+    fitting = []
+    for layer in {name.rpartition(".lora_")[0] for name in adapted}:
+        weight, a, b = weights.get(f"{layer}.weight"), adapted.get(f"{layer}.lora_A.weight"), adapted.get(f"{layer}.lora_B.weight")
+        if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
+            raise InputError(f"{path}: the adapter of {layer} is not of this model")
+        fitting.append((weight, a, b))
+    return fitting
+
+
+@torch.no_grad()
+def merge_adapters(fitting, scale):
+    for weight, a, b in fitting:
+        weight.copy_(weight.float() + scale * (b.float() @ a.float()).to(weight.device))
+
+
+@torch.no_grad()
+def load_adapter(folder, model):
+    """Merge a PEFT folder into a model; what it holds as a whole is copied. Raises InputError where they do not fit."""
+    ours = {official_name(name): parameter for name, parameter in model.named_parameters()}
+    trained, scale = read_adapter(folder, list(ours))
+    for name in ours.keys() & trained.keys():
+        tensor = trained.pop(name)
+        if tensor.shape != ours[name].shape:
+            raise InputError(f"{folder}: {name} {tuple(tensor.shape)} is not of this model")
+        ours[name].copy_(tensor)
+    merge_adapters(fit_adapters(ours, trained, folder), scale)
+
+
+def export_adapter(run, folder):
+    """Write what a run's newest checkpoint (or the checkpoint `run`) trains as a PEFT folder, unmerged. Raises InputError."""
+    path, folder = Path(run), Path(folder)
+    path, run = (path, path.parent.parent) if path.suffix == ".safetensors" else (latest_checkpoint(path), path)
+    settings = read_settings(run)
+    if path is None:
+        raise InputError(f"{run}: a run without a checkpoint yet")
+    try:
+        with safe_open(path, framework="pt") as file:
+            trained = {key.split(".", 1)[1]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}
+            scale = float(file.metadata().get("lora_scale", 0))
+        tensors, config = peft_files(trained, scale, settings["model"], settings.get("lora_dropout", 0.0))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        write(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: the adapter of {path} cannot be written there ({error})") from error
 
 
 def trained_parameters(model):

@@ -51,7 +51,7 @@ class InternVL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device=None, dtype=None):
-        """Load a model with its tokenizer from a Hub id, a model folder, a run folder or a checkpoint in it.
+        """Load a model with its tokenizer from a Hub id, a model, run or adapter folder, or a checkpoint.
 
         `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU.
         Raises InputError where a file is missing, truncated or not what the architecture needs.
@@ -63,9 +63,12 @@ class InternVL(nn.Module):
         """Random weights, drawn from `seed`, for the configuration and tokenizer in a model folder."""
         return checkpoint.load(cls, name, device, dtype, seed=seed)
 
-    def save_pretrained(self, folder):
-        """Write a model folder in the official layout: names, files, and every tensor in the dtype it was loaded in."""
-        checkpoint.save(self, folder)
+    def save_pretrained(self, folder, layout="official"):
+        """Write a model folder: names, files, and every tensor in the dtype it was loaded in; adapters are merged.
+
+        `layout`: "official", or "native" for transformers' InternVLForConditionalGeneration.
+        """
+        checkpoint.save(self, folder, layout)
 
     def chat(self, **settings):
         """A conversation with this model: `chat.ask("What is the total?", image)`. See `Chat`."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.layers import Linear, RMSNorm
 
@@ -153,6 +154,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocabulary, bias=False)             # stored on its own, never tied
+        self.recompute = False          # blocks keep their input alone and are run again in the backward pass
 
     def forward(self, x, positions, pages, rows=slice(None), last_pages=None):
         """Embedded row (L, D), int64 positions (L,), one LookBack a page -> (L, D), ready for `head`.
@@ -162,8 +164,8 @@ class Decoder(nn.Module):
         """
         cos, sin = rotation(positions, self.config.head_width, self.config.rope_theta, x.dtype)
         for block in self.blocks[:-1]:
-            x = block(x, cos, sin, pages)
-        x = self.blocks[-1](x, cos, sin, last_pages or pages, rows)
+            x = checkpoint(block, x, cos, sin, pages, use_reentrant=False) if self.recompute else block(x, cos, sin, pages)
+        x = self.blocks[-1](x, cos, sin, last_pages or pages, rows)         # not run again: the backward pass begins here
         for page in pages:
             if page.cache:
                 page.cache.branches = page.held

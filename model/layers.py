@@ -10,8 +10,13 @@ from torch import nn
 
 
 class Linear(nn.Linear):
+    def __init__(self, *sizes, **more):
+        super().__init__(*sizes, **more)
+        self.adapter = None             # lora.py may put one here
+
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model.layers import LayerNorm, Linear
 
@@ -59,6 +60,7 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.position = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.recompute = False          # blocks keep their input alone and are run again in the backward pass
 
     def forward(self, tiles, dtype):
         """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` a patch, row by row."""
@@ -67,5 +69,5 @@ class VisionEncoder(nn.Module):
         x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)
         x = torch.cat([self.class_token.to(dtype).expand(len(x), -1, -1), x], dim=1) + self.position.to(dtype)
         for block in self.blocks:
-            x = block(x)                                                            # (N, 1025, D)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)       # (N, 1025, D)
         return x[:, 1:]                                                             # the class token is not used

@@ -318,7 +318,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one object as the last line")
     settings = parser.parse_args()
     settings.dtype = settings.dtype or ("bfloat16" if settings.device.startswith("cuda") else "float32")
-    settings.lr, settings.weight_decay = 0.0, 0.01
+    settings.lr, settings.weight_decay, settings.beta2 = 0.0, 0.01, 0.999
     chip = torch.cuda.get_device_name() if settings.device.startswith("cuda") else f"{platform.processor() or platform.machine()}, CPU"
     print(f"{chip}, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}; {time.strftime('%Y-%m-%d')}")
     found = ablate(settings) if settings.ablate else grow(settings) if settings.grow else compare(settings)

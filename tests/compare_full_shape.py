@@ -67,7 +67,7 @@ def main():
         print(f"projector.{name:<12} relative gradient difference {((a.grad - b.grad).norm() / b.grad.norm()).item():.2e}")
 
     del reference, logits, expected
-    optimizer = make_optimizer(model, argparse.Namespace(lr=4e-5, weight_decay=0.01, device="cpu"))
+    optimizer = make_optimizer(model, argparse.Namespace(lr=4e-5, weight_decay=0.01, beta2=0.999, device="cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("vision")}
     started = time.perf_counter()
     model.zero_grad()

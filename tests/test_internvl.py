@@ -121,7 +121,7 @@ def test_only_what_trains_moves(tiny, train, moved):
     from argparse import Namespace
     choose_parts(tiny, train)
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    optimizer = make_optimizer(tiny, Namespace(lr=1e-3, weight_decay=0.01, device="cpu"))
+    optimizer = make_optimizer(tiny, Namespace(lr=1e-3, weight_decay=0.01, beta2=0.999, device="cpu"))
     for example in examples_of(tiny, mixed_rows(2), pages=2, max_tiles=4):
         accumulate_gradients(tiny, [example], 1)
         optimizer.step()
@@ -139,7 +139,7 @@ def test_the_update_is_torchs_adamw_on_float32_weights(tiny):
     assert {p.dtype for p in tiny.projector.parameters()} == {torch.float32}
     assert {p.dtype for p in tiny.language.parameters()} == {torch.bfloat16}
     twin = copy.deepcopy(tiny.projector)
-    ours = make_optimizer(tiny, Namespace(lr=1e-3, weight_decay=0.1, device="cpu"))
+    ours = make_optimizer(tiny, Namespace(lr=1e-3, weight_decay=0.1, beta2=0.999, device="cpu"))
     theirs = torch.optim.AdamW([{"params": [twin.up.weight, twin.out.weight], "weight_decay": 0.1},
                                 {"params": [twin.norm.weight, twin.norm.bias, twin.up.bias, twin.out.bias], "weight_decay": 0}], lr=1e-3)
     for example in examples_of(tiny, mixed_rows(2), pages=2, max_tiles=1):
@@ -155,7 +155,7 @@ def test_the_update_is_torchs_adamw_on_float32_weights(tiny):
 def test_one_batch_overfits(tiny):
     from argparse import Namespace
     choose_parts(tiny, "projector,llm,vision")
-    optimizer = make_optimizer(tiny, Namespace(lr=2e-3, weight_decay=0.0, device="cpu"))
+    optimizer = make_optimizer(tiny, Namespace(lr=2e-3, weight_decay=0.0, beta2=0.999, device="cpu"))
     [example] = examples_of(tiny, mixed_rows(1), pages=1, max_tiles=1)
     for _ in range(60):
         loss = accumulate_gradients(tiny, [example], 1).item()

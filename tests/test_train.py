@@ -127,12 +127,38 @@ def test_the_schedule_is_the_one_of_transformers_sampled_in_the_middle_of_each_s
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
     name = "constant_with_warmup" if schedule == "constant" else schedule
     reference = get_scheduler(name, optimizer, num_warmup_steps=2 * warmup, num_training_steps=2 * steps)    # in half steps
-    settings = Namespace(lr=4e-5, schedule=schedule, warmup=warmup / steps)
+    settings = Namespace(schedule=schedule, warmup=warmup / steps)
     for half in range(2 * steps):
         if half % 2:
-            assert train.learning_rate(half / 2 / steps, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-16)
+            assert 4e-5 * train.share_of_rate(half / 2 / steps, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-16)
         optimizer.step()
         reference.step()
+
+
+def test_a_recipe_sets_flags_says_so_and_gives_way_to_what_is_typed(fit, folder, dataset, tmp_path, capsys, monkeypatch):
+    status, out, err = call(train, capsys, monkeypatch, "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0, "--eval-every", 0,
+                            "--recipe", "xtuner-lora", "--lr", "projector=1e-3", "--steps", 1, "--out", tmp_path / "run")
+    assert status == 0 and "recipe xtuner-lora (XTuner" in out and "--lora-rank 128" in out, err
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (settings["lora_rank"], settings["lora_alpha"], settings["weight_decay"], settings["train"]) == (128, 256, 0.05, "projector,lora")
+    assert settings["lr"] == {"projector": 1e-3, "lora": 4e-5} and settings["checkpoint_activations"] is True
+    for recipe in train.RECIPES:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", recipe, "--steps", "1"])
+        parsed = vars(train.parse_settings())
+        assert all(parsed[key] == value for key, value in train.RECIPES[recipe][1].items())
+
+
+def test_each_part_has_its_learning_rate(fit, tiny):
+    tiny.requires_grad_(False)
+    train.choose_parts(tiny, "projector,llm")
+    optimizer = train.make_optimizer(tiny, Namespace(lr={"projector": 1e-3, "llm": 1e-5}, weight_decay=0.1, beta2=0.9, device="cpu"))
+    rates = {id(p): (group["highest"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in tiny.projector.parameters()} == {(1e-3, 0.1), (1e-3, 0)}
+    assert {rates[id(p)] for p in tiny.language.parameters()} == {(1e-5, 0.1), (1e-5, 0)} and len(rates) == 6 + 2 * 12 + 3
+    run = fit("run", "--train", "projector,llm", "--lr", "projector=1e-2,llm=0", "--steps", 2, "--eval-every", 0)
+    assert training(run)[0]["lr"] == pytest.approx(train.share_of_rate(1 / 4, Namespace(warmup=0.03, schedule="cosine")) * 1e-2)
+    before, after = (load_file(path) for path in (run.parent / "model" / "model.safetensors", run / "model.safetensors"))
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"mlp1"}
 
 
 def test_the_gradient_is_clipped_to_the_norm(fit, folder):
@@ -143,7 +169,7 @@ def test_the_gradient_is_clipped_to_the_norm(fit, folder):
     assert moved[0] < 0.5 * moved[1]                                    # AdamW's eps shows in an update of tiny gradients
 
 
-@pytest.mark.parametrize("flags", [(), ("--train", "all", "--batch-pages", 2), ("--epochs", 2)])
+@pytest.mark.parametrize("flags", [(), ("--train", "all", "--batch-pages", 2), ("--epochs", 2), ("--train", "projector,lora", "--lora-dropout", 0.3)])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(fit, capsys, monkeypatch, flags):
     common = (*flags, "--accumulate", 2, "--eval-every", 3, "--save-every", 2, "--lr", "1e-2", "--steps", 8)
     whole = fit("whole", *common)
@@ -170,6 +196,7 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     assert json.loads((run / "settings.json").read_text())["steps"] == 3
     assert "nothing to do" in refuses(train, capsys, monkeypatch, "--resume", run)
     assert "not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--train", "llm")
+    assert "--lora-rank 8: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--lora-rank", 8)
     assert "goes on in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
     assert "nowhere: not found" in refuses(train, capsys, monkeypatch, "--resume", run, "--model", "nowhere")
     assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
@@ -272,7 +299,12 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--accumulate", "0"), "0 is not between 1 and"),
     (("--warmup", "2"), "2.0 is not between 0 and 1"),
     (("--schedule", "wild"), "invalid choice: 'wild'"),
-    (("--train", "projector,head"), "'head' is no part of the model; expected projector, llm, vision, or all"),
+    (("--recipe", "mine"), "invalid choice: 'mine'"),
+    (("--lora-targets", "head"), "'head' is no set of layers; expected llm, qkv, vision, all-linear"),
+    (("--lr", "projector=1e-3,tail=1"), "'tail' is no part of the model"),
+    (("--lr", "projector=1e-3,1e-4"), "invalid learning_rates value"),
+    (("--lr", "lora=1e-3"), "--lr: a rate for lora, but --train projector"),
+    (("--train", "projector,head"), "'head' is no part of the model; expected projector, lora, llm, vision, or all"),
     (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
     (("--model", "nowhere"), "nowhere: not found; expected a model folder"),
     (("--device", "nonsense"), "try --device cpu"),

@@ -2,6 +2,7 @@
 
     python tests/bench_tiny.py layouts [--model tiny]           exact match a layout, on the right page and on the wrong one
     python tests/bench_tiny.py domains [--steps 800]            projector-only training on every domain, and what it forgets
+    python tests/bench_tiny.py modes --steps 250                what trains, compared on one domain; runs into runs/modes
     python tests/bench_tiny.py beyond                           pages off the grid that the base was made on, read as it is
 
 All pages are of the split "test": neither they nor their values occur in training. Not collected by pytest.
@@ -10,6 +11,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from safetensors import safe_open
 
 from data import gather, open_rows
 from model import InternVL
@@ -30,6 +33,7 @@ from model.score import anls, exact_match
 from model.tiling import read_image, tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
+from train import plotting, read_lines
 
 
 def answers(model, tiles, questions):
@@ -83,6 +87,45 @@ def domains(settings):
         first, quarter, *_, last = measured
         print(f"| {domain} | {first['exact_match']:.2f} | {quarter['exact_match']:.2f} | {last['exact_match']:.2f} | "
               f"{first['val_loss']:.2f} → {last['val_loss']:.3f} | {kept:.2f} | {seconds:.0f} |", flush=True)
+
+
+MODES = {                               # what trains -> its flags; the learning rates are train.py's defaults for --tiny
+    "projector": "projector",
+    "LoRA on the LLM": "lora",
+    "projector and LoRA on the LLM": "projector,lora",
+    "everything": "all",
+}
+
+
+def modes(settings):
+    """Each mode three times a domain, from runs that are there already or made now: a table, and the curves in assets/modes.png."""
+    pyplot = plotting()
+    figure, all_axes = pyplot.subplots(1, len(settings.domain), figsize=(6 * len(settings.domain), 4), sharey=True, squeeze=False, layout="constrained")
+    for domain, axes in zip(settings.domain, all_axes[0]):
+        print(f"\n| {domain}, {settings.steps} steps | parameters | val loss | exact match | ANLS | seconds of training | peak memory, GB |\n|---|---|---|---|---|---|---|")
+        for color, (mode, train) in zip(("tab:red", "tab:blue", "tab:green", "tab:grey"), MODES.items()):
+            ends = []
+            for seed in range(3):
+                out = Path("runs/modes", f"{domain}-{train}-{seed}")
+                if not (out / "model.safetensors").exists():
+                    subprocess.run([sys.executable, ROOT / "train.py", "--tiny", "--train", train, "--domain", domain, "--steps", str(settings.steps), "--seed",
+                                    str(seed), "--eval-every", "50", "--eval-pages", "32", "--save-every", "0", "--out", out], check=True, capture_output=True)
+                lines = read_lines(out / "metrics.jsonl")
+                measured, steps = ([line for line in lines if key in line] for key in ("val_loss", "train_loss"))
+                axes.plot([line["step"] for line in measured], [line["val_loss"] for line in measured], color=color, marker=".", linewidth=1,
+                          label=None if seed else mode)
+                [checkpoint] = (out / "checkpoints").iterdir()
+                with safe_open(checkpoint, framework="pt") as file:
+                    count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys() if name.startswith("model."))
+                ends.append((measured[-1]["val_loss"], measured[-1]["exact_match"], measured[-1]["anls"],
+                             sum(line["questions"] / line["questions_per_second"] for line in steps), max(line["peak_gb"] for line in steps)))
+            cells = [" ".join(f"{value:{form}}" for value in column) for column, form in zip(zip(*ends), (".3f", ".2f", ".2f", ".0f", ".2f"))]
+            print(f"| {mode} | {count:,} | " + " | ".join(cells) + " |", flush=True)
+        axes.set(xlabel="step", title=f"{domain} pages, three seeds", yscale="log")
+        axes.grid(alpha=0.3)
+    all_axes[0, 0].set_ylabel("validation loss per answer token (nats)")
+    all_axes[0, 0].legend()
+    figure.savefig(ROOT / "assets" / "modes.png", dpi=110)
 
 
 def sized(size):
@@ -140,12 +183,13 @@ def ruled(page):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("layouts", "domains", "beyond"))
+    parser.add_argument("table", choices=("layouts", "domains", "modes", "beyond"))
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="real scans in DocumentVQA's layout, for the last row of the table beyond")
+    parser.add_argument("--domain", choices=DOMAINS, nargs="+", default=["negative"], help="of modes")
     settings = parser.parse_args()
     started = time.perf_counter()
     globals()[settings.table](settings)

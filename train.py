@@ -513,6 +513,8 @@ def begin(folder, settings, model, optimizer):
     validations up to there; what its files tell of later is dropped.
     """
     kept = {key: value for key, value in vars(settings).items() if key not in ("resume", "export", "format", "push_to_hub", "tiny")}
+    if isinstance(settings.lr, dict):                                # as it is typed
+        kept["lr"] = ",".join(f"{part}={rate}" for part, rate in settings.lr.items())
     write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
     for half in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):      # ours and safetensors', of a process killed while it wrote
         half.unlink()

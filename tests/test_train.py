@@ -141,7 +141,7 @@ def test_a_recipe_sets_flags_says_so_and_gives_way_to_what_is_typed(fit, folder,
     assert status == 0 and "recipe xtuner-lora (XTuner" in out and "--lora-rank 128" in out, err
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert (settings["lora_rank"], settings["lora_alpha"], settings["weight_decay"], settings["train"]) == (128, 256, 0.05, "projector,lora")
-    assert settings["lr"] == {"projector": 1e-3, "lora": 4e-5} and settings["checkpoint_activations"] is True
+    assert settings["lr"] == "projector=0.001,lora=4e-05" and settings["checkpoint_activations"] is True
     for recipe in train.RECIPES:
         monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", recipe, "--steps", "1"])
         parsed = vars(train.parse_settings())

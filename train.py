@@ -610,7 +610,8 @@ def write_card(run, folder):
     if not (run / SETTINGS).exists():                           # a model folder exported anew: nothing is known of its training
         return
     settings, measured = read_settings(run), [line for line in read_lines(run / METRICS) if "val_loss" in line]
-    settings |= {key: Path(settings[key]).name for key in ("model", "data") if Path(settings[key]).is_absolute()}
+    settings |= {key: ",".join(Path(part).name if os.path.isabs(part) else part for part in settings[key].split(","))
+                 for key in ("model", "data")}                  # no folders of this machine
     told = {key: settings[key] for key in CARD if settings.get(key) is not None}
     card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n", f"# {settings['model']}, fine-tuned\n",
             "| setting | value |\n|---|---|", *(f"| {key} | {value} |" for key, value in told.items())]

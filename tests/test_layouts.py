@@ -48,7 +48,7 @@ def export(tmp_path, capsys, monkeypatch):
 
 def asked():
     """(Pillow image, question) pairs about drawn pages."""
-    return [(read_image(page.image), page.questions[0]) for page in gather(mixed_rows(4))]
+    return [(read_image(page.images[0]), page.questions[0]) for page in gather(mixed_rows(4))]
 
 
 def our_answers(model, count=12):

@@ -31,10 +31,9 @@ from model import InputError
 from model.errors import OneLineParser, run, whole_number
 from model.formats import read_file
 from model.network import Patience, fetch, is_trouble, retried
-from model.prompt import IMAGE_TOKEN, Prompt, branches_prompt, special_id
+from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, branches_prompt, special_id
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
-INSTRUCTION = " Answer the question using a single word or phrase."     # as in the official evaluation of DocVQA
 SYNTHETIC = "synthetic"
 COLUMNS = ("image", "question", "answers")                              # what rows must have,
 PAGE_COLUMNS = ("docId", "ucsf_document_page_no")                       # and what tells their pages apart, if they have it

@@ -8,64 +8,36 @@ Vision encoder and language model are frozen. A step is one optimizer update on 
 is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
-import warnings
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import (INSTRUCTION, Examples, PageStream, count_rows, is_synthetic, load_examples, load_image, named_parts,
-                  open_rows)
+from data import Examples, PageStream, count_rows, is_synthetic, load_examples, load_image, named_parts, open_rows
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, export_adapter, keep_newest, latest_checkpoint,
-                              load_checkpoint, read_settings, save_checkpoint, write_text)
-from model.errors import OneLineParser, real_number, run, warn, whole_number
+from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint, read_settings,
+                              save_checkpoint, write_text)
+from model.errors import OneLineParser, real_number, run, whole_number
 from model.generate import generate
 from model.lora import TARGETS, add_adapters
 from model.memory import peak_gb, step_gb
+from model.recipes import LR, RECIPES, TINY_LR
+from model.runs import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples, export, keep_lines,
+                        kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next, write_samples)
 from model.score import anls, exact_match
 from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "lora", "llm", "vision")
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)
-# Highest learning rates. The official second fine-tuning of InternVL2-1B opens projector and LLM, or LoRA, at 4e-5; its
-# domain adaptation, the one that opens the vision encoder, takes 1e-5. The embedded model's (TINY_LR) were
-# tried: with its LLM or vision encoder at 5e-4 and more it had not learned to read negatives after 250 steps.
-LR = {"projector": 4e-5, "lora": 4e-5, "llm": 4e-5, "vision": 1e-5}
-TINY_LR = {"projector": 5e-3, "lora": 5e-4, "llm": 2e-4, "vision": 2e-4}
-# Published recipes: where they are from, what they set. They count questions in a step, we count pages: DocumentVQA has 3.87
-# questions a page. None sets drop path (0.1 in the official full run) or groups by length, as the originals do.
-OFFICIAL = dict(max_tiles=6, max_length=4096, schedule="cosine", warmup=0.03, weight_decay=0.01, beta2=0.999, clip=1.0,
-                batch_pages=1, checkpoint_activations=True)
-RECIPES = {
-    "official-full": ("InternVL 2.0 second fine-tuning of 1B, full: 128 questions a step",
-                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
-    "official-lora": ("InternVL 2.0 second fine-tuning of 1B, LoRA: 16 questions a step",
-                      OFFICIAL | dict(train="lora", lr=4e-5, accumulate=4, lora_rank=16, lora_alpha=32, lora_dropout=0.05, lora_targets="llm")),
-    "xtuner-lora": ("XTuner's InternVL2 LoRA with the learning rate and batch of its FoodieQA tutorial: 8 questions a step",
-                    OFFICIAL | dict(train="projector,lora", lr=3e-5, accumulate=2, weight_decay=0.05, max_tiles=12, max_length=8192,
-                                    lora_rank=128, lora_alpha=256, lora_dropout=0.05, lora_targets="llm")),
-    "ms-swift-lora": ("ms-swift's defaults for LoRA, on query, key and value: 16 questions a step",
-                      OFFICIAL | dict(train="lora", lr=1e-4, accumulate=4, warmup=0.05, weight_decay=0.1, beta2=0.95, max_tiles=12,
-                                      lora_rank=8, lora_alpha=32, lora_dropout=0.05, lora_targets="qkv")),
-    "paddlemix-llm": ("PaddleMIX's second fine-tuning of 1B, LLM and projector open: 128 questions a step",
-                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
-}
 RESHAPING = ("train", "lora_rank", "lora_alpha", "lora_targets")        # flags that a run cannot change half-way
-CARD = ("data", "domain", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps", "epochs", "batch_pages",
-        "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")      # settings told in a model card
-METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
 
 
@@ -198,18 +170,6 @@ def domain_names(text):
     return text
 
 
-def open_run(settings):
-    """Make the run folder. Raises InputError for one that holds a run or a model already."""
-    folder = Path(settings.out)
-    if not settings.resume and any((folder / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
-        raise InputError(f"{folder}: holds a run or a model already; choose another --out, or go on with --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
-    return folder
-
-
 # -------------------------------------------------------------------------------------------------------- model, optimizer
 
 def part_parameters(model):
@@ -263,55 +223,6 @@ def share_of_rate(fraction, settings):
 
 # ------------------------------------------------------------------------------------------------------------------- steps
 
-class Skips:
-    """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used.
-
-    `path`: a jsonl file that gets a line for each, and tells what was left out before.
-    """
-    PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
-
-    def __init__(self, path=None):
-        self.path, self.lines = path, read_lines(path) if path else []
-
-    def add(self, page, what, count, reason):
-        self.lines.append({"epoch": page.epoch, "index": page.index, "page": page.name, "left_out": what, "count": count,
-                           "reason": reason})
-        if self.path:
-            append_line(self.path, self.lines[-1])
-
-    def count(self, what):
-        return sum(line["count"] for line in self.lines if line["left_out"] == what)
-
-    def keep(self, examples):
-        """Yield those examples of an epoch that can be used."""
-        skipped, last = None, ""
-        for example in examples:
-            page, read = example.page, example.page.index + 1
-            if skipped is None:
-                skipped = sum(line["epoch"] == page.epoch and line["left_out"] == self.PAGE for line in self.lines)
-            if page.unanswered:
-                self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
-            if example.problem:
-                self.add(page, self.PAGE, 1, example.problem)
-                skipped, last = skipped + 1, f"page {page.name}: {example.problem}"
-                warn(f"{last}; skipped")
-                if read >= 100 or skipped == read == 5:
-                    self.judge(read, skipped, last)
-                continue
-            if example.too_long:
-                self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
-                warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
-                     f"skipped, the first: {example.too_long[0][:200]!r}")
-            yield example
-        if skipped:
-            self.judge(read, skipped, last)
-
-    @staticmethod
-    def judge(read, skipped, last):
-        if skipped > max(1, read // 100) or skipped == read:
-            raise InputError(f"{skipped} of {read} pages cannot be used, and 1 % is the limit; the last is {last}")
-
-
 def chunks(items, size):
     """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
     items = iter(items)
@@ -341,19 +252,6 @@ def accumulate_gradients(model, examples, batch_pages):
                 loss.backward()                 # adds to .grad; the micro-batch's activations are freed here
             step_loss += loss.detach()
     return step_loss
-
-
-@contextlib.contextmanager
-def memory_told(examples):
-    """Tell the end of memory, on any device, in one line that says which pages it came with and what to turn."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise
-        pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in examples)
-        raise InputError(f"out of memory with {sum(len(example.tiles) for example in examples)} tiles in a micro-batch, pages "
-                         f"{pages}; lower --max-tiles or --batch-pages ({str(error)[:100] or 'MemoryError'})") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -386,109 +284,6 @@ def evaluate(model, examples):
     return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
 
 
-def write_samples(folder, step, answers):
-    """Add one validation's answers about the first pages to samples.jsonl; write them all as tables into samples.md."""
-    append_line(folder / SAMPLES, {"step": step, "answers": answers})
-    tables = []
-    for sample in read_lines(folder / SAMPLES):
-        tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
-        for line in sample["answers"]:
-            cells = line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"], " / ".join(line["expected"])
-            tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
-    (folder / "samples.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
-
-
-def draw_samples(folder, pages):
-    """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth.
-
-    The first page is also saved on its own, page.png, to be asked.
-    """
-    pyplot = plotting()
-    for image in next((page.images for page in pages if page.images), [])[:1]:
-        load_image(image, True).save(folder / "page.png")
-    samples = read_lines(folder / SAMPLES)
-    before, after = samples[0], samples[-1]
-    figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
-    columns = ((0.0, 34, "question"), (0.34, 20, f"answer at step {before['step']}"), (0.57, 20, f"at step {after['step']}"),
-               (0.8, 18, "truth"))                              # where a column begins, the characters it has room for
-    for page, (left, right) in zip(pages, rows):
-        left.set(xticks=[], yticks=[])
-        for image in page.images[:1]:
-            left.imshow(load_image(image, True).convert("RGB"))
-        right.axis("off")
-        lines = [(a, b) for a, b in zip(before["answers"], after["answers"]) if a["page"] == page.name]
-        for x, _, text in columns:
-            right.text(x, 1, text, va="top", fontsize=8, color="grey")
-        for i, (a, b) in enumerate(lines, 1):
-            y = 1 - i / (len(lines) + 1)
-            cells = a["question"].removesuffix(INSTRUCTION), a["answer"], b["answer"], a["expected"][0]
-            colors = "black", *("green" if exact_match(line["answer"], line["expected"]) else "red" for line in (a, b)), "black"
-            for (x, room, _), text, color in zip(columns, cells, colors):
-                shown = text if len(text) <= room else text[:room - 1] + "…"
-                right.text(x, y, shown, va="top", fontsize=9, color=color, parse_math=False)
-    with warnings.catch_warnings(action="ignore"):              # characters that the font lacks: samples.md has them all
-        figure.savefig(folder / "samples.png", dpi=110)
-    pyplot.close(figure)
-
-
-def draw_curve(folder):
-    """Redraw curve.png from metrics.jsonl: training and validation loss over steps and, on a second axis, the answers' ANLS."""
-    pyplot = plotting()
-    lines = read_lines(folder / METRICS)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, style in (("train_loss", dict(color="tab:blue", alpha=0.5, linewidth=1)), ("val_loss", dict(color="tab:red", marker="o"))):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points), label={"train_loss": "training", "val_loss": "validation"}[key], **style)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
-    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
-    axes.grid(alpha=0.3)
-    scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]
-    if scored:
-        right = axes.twinx()
-        axes.plot([], [], color="tab:green", marker="s", linestyle="--", label="ANLS of its answers")       # its line in the legend
-        right.plot(*zip(*scored), color="tab:green", marker="s", linestyle="--")
-        right.set(ylabel="ANLS", ylim=(0, 1.05))
-    axes.legend()
-    figure.savefig(folder / "curve.png", dpi=120)
-    pyplot.close(figure)
-
-
-def what_next(folder):
-    """What to look at and to type when a run has ended."""
-    samples = read_lines(folder / SAMPLES)
-    if not samples:
-        return f'next: python infer.py --model {folder} --image PAGE "QUESTION"'
-    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION).strip()
-    return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
-            f'python infer.py --model {folder} --image {folder}/page.png "{question}"')
-
-
-def plotting():
-    import matplotlib
-    matplotlib.use("Agg")                       # draws into files, needs no screen
-    from matplotlib import pyplot
-    return pyplot
-
-
-def append_line(path, line):
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_lines(path):
-    """The objects of a jsonl file, none if there is no such file; a last line cut short by a crash does not count."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
-
-
-def keep_lines(path, wanted):
-    """Drop the lines of a jsonl file that are not `wanted`; returns the others."""
-    lines = [line for line in read_lines(path) if wanted(line)]
-    if path.exists():
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return lines
-
-
 # -------------------------------------------------------------------------------------------------------------------- main
 
 def load_model(settings):
@@ -506,6 +301,16 @@ def load_model(settings):
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
     return model
+
+
+def open_splits(settings):
+    """-> (rows to train on, how many they are over all epochs, rows to validate on or None)."""
+    hold_out = bool(settings.eval_every) and not settings.eval_data         # of files, which have no splits
+    rows = open_rows(settings.data, "train", settings.seed, settings.domain, hold_out)
+    all_rows = settings.epochs * count_rows(settings.data, "train", hold_out) if settings.epochs else math.inf
+    if not settings.eval_every:
+        return rows, all_rows, None
+    return rows, all_rows, open_rows(settings.eval_data or settings.data, "validation", domains=settings.domain, hold_out=hold_out)
 
 
 def begin(folder, settings, model, optimizer):
@@ -533,97 +338,6 @@ def begin(folder, settings, model, optimizer):
     return state, losses
 
 
-class Interruptions:
-    """Ctrl-C and SIGTERM end the program at once, but for what is `deferred`: that is finished first. A second does not wait.
-
-    The exit status is the usual one of a program ended by a signal: 130 and 143.
-    """
-
-    def __init__(self):
-        self.deferring, self.came = False, None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, _):
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
-        self.came = number
-        warn(f"{signal.Signals(number).name}: {'the step is finished and ' if self.deferring else ''}the run is saved; "
-             "a second one stops at once")
-        if not self.deferring:
-            raise SystemExit(128 + number)
-
-    @contextlib.contextmanager
-    def deferred(self):
-        self.deferring = True
-        try:
-            yield
-        finally:
-            self.deferring = False
-        if self.came:
-            raise SystemExit(128 + self.came)
-
-
-@contextlib.contextmanager
-def told_in_one_line(folder):
-    """Tell in one line what a run can meet beside its data: a folder that cannot be written, a worker that was killed."""
-    try:
-        yield
-    except OSError as error:
-        advice = (f"its checkpoints are as they were: make room, then go on with --resume {folder}" if folder.exists()
-                  else "it is gone")
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
-                         f"lower --workers or --max-tiles, then go on with --resume {folder}") from error
-
-
-def export(run_folder, target, layout, repository=None):
-    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it to a Hub repository if one is named."""
-    if layout == "peft":
-        export_adapter(run_folder, target)
-    else:
-        InternVL.from_pretrained(run_folder, "cpu", "float32").save_pretrained(target, layout)
-    run_folder = Path(run_folder)
-    write_card(run_folder.parent.parent if run_folder.suffix == ".safetensors" else run_folder, Path(target))
-    print(f"wrote {target}")
-    if repository:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-        try:
-            HfApi().create_repo(repository, exist_ok=True)
-            print("uploaded", HfApi().upload_folder(repo_id=repository, folder_path=target))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', or upload {target} yourself") from error
-
-
-def write_card(run, folder):
-    """Write README.md, the model card: base, data, settings, score and curve of a run."""
-    if not (run / SETTINGS).exists():                           # a model folder exported anew: nothing is known of its training
-        return
-    settings, measured = read_settings(run), [line for line in read_lines(run / METRICS) if "val_loss" in line]
-    settings |= {key: ",".join(Path(part).name if os.path.isabs(part) else part for part in settings[key].split(","))
-                 for key in ("model", "data")}                  # no folders of this machine
-    told = {key: settings[key] for key in CARD if settings.get(key) is not None}
-    card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n", f"# {settings['model']}, fine-tuned\n",
-            "| setting | value |\n|---|---|", *(f"| {key} | {value} |" for key, value in told.items())]
-    if measured:
-        names = [name for name in measured[-1] if name != "step"]
-        card += ["", f"| step | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|",
-                 *(f"| {line['step']} | " + " | ".join(f"{line[name]:.4f}" for name in names) + " |" for line in (measured[0], measured[-1]))]
-        shutil.copyfile(run / "curve.png", folder / "curve.png")
-        card += ["\n![training and validation loss](curve.png)"]
-    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
-
-
 def main():
     settings = parse_settings()
     if settings.export:
@@ -641,12 +355,7 @@ def main():
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     optimizer = make_optimizer(model, settings)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    hold_out = bool(settings.eval_every) and not settings.eval_data     # of files
-    rows = open_rows(settings.data, "train", settings.seed, settings.domain, hold_out)
-    all_rows = settings.epochs * count_rows(settings.data, "train", hold_out) if settings.epochs else math.inf
-    held_out = None
-    if settings.eval_every:
-        held_out = open_rows(settings.eval_data or settings.data, "validation", domains=settings.domain, hold_out=hold_out)
+    rows, all_rows, held_out = open_splits(settings)
     with told_in_one_line(folder):
         state, losses = begin(folder, settings, model, optimizer)
     first = step = saved = state["step"]
@@ -678,7 +387,8 @@ def main():
         write_samples(folder, step, [line for line in answers if line["page"] in names])
         log(step=step, **measures)
         losses[step] = measures["val_loss"]
-        draw_samples(folder, [page for page in held_out if page.name in names])
+        draw_samples(folder, [(page.name, load_image(page.images[0], True) if page.images else None)
+                              for page in held_out if page.name in names])
         draw_curve(folder)
         bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
@@ -689,69 +399,65 @@ def main():
         keep_newest(folder, settings.keep, losses)
         (folder / WEIGHTS).unlink(missing_ok=True)          # of an earlier end of this run: this checkpoint is newer
 
-    with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
-          Interruptions() as interruptions):
-        whole = True                                                        # no step is half applied
-        try:
-            with told_in_one_line(folder):
-                steps = training_steps(loader, skips, settings)
-                while True:
-                    if settings.eval_every and step % settings.eval_every == 0 and step not in losses:
-                        validate()
-                    if settings.save_every and step % settings.save_every == 0 and step > saved:
-                        save()
-                    if step == settings.steps:
-                        break
-                    started = time.perf_counter()
-                    pages = next(steps, None)
-                    if pages is None:                                       # --epochs are over
-                        break
-                    data_wait = time.perf_counter() - started
-                    with interruptions.deferred():
-                        # ------------------------------------------------------------------------------------ a training step
-                        rows = sum(example.page.rows for example in pages)
-                        share = share_of_rate(fraction_done(step + 0.5, state["rows"] + rows / 2), settings)    # at its middle
-                        torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
-                        loss = accumulate_gradients(model, pages, settings.batch_pages)
-                        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
-                        loss, norm = torch.stack([loss, norm]).tolist()     # waits for the device
-                        if not math.isfinite(loss + norm):
-                            names = ", ".join(example.page.name for example in pages)
-                            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; "
-                                             f"pages {names}; look at them, or lower --lr")
-                        for group in optimizer.param_groups:
-                            group["lr"] = share * group["highest"]
-                        whole = False
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        # ----------------------------------------------------------------------------------------------------
-                        step += 1
-                        questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
-                        last = pages[-1].page
-                        state.update(step=step, epoch=last.epoch, index=last.index + 1, refill=last.refill,
-                                     rows=state["rows"] + rows, questions=state["questions"] + questions,
-                                     split_pages=state["split_pages"] + sum(example.page.split for example in pages))
-                        whole = True
-                        speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
-                        lr = max(group["lr"] for group in optimizer.param_groups)
-                        log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
-                            answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
-                            data_wait=data_wait, peak_gb=memory)
-                        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | "
-                                            f"{memory:.1f} GB", False)
-                        bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
+    def keep():
+        if whole and step > saved:
+            save()
+        return step
 
-                if step == 0 or step == first and (folder / WEIGHTS).exists():
-                    raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
-                if settings.eval_every and step not in losses:
-                    validate()
+    whole = True                                                # no step is half applied
+    with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
+          Interruptions() as interruptions, kept_when_it_ends(folder, keep), told_in_one_line(folder)):
+        steps = training_steps(loader, skips, settings)
+        while True:
+            if settings.eval_every and step % settings.eval_every == 0 and step not in losses:
+                validate()
+            if settings.save_every and step % settings.save_every == 0 and step > saved:
                 save()
-        except (InputError, SystemExit) as end:
-            if whole and step > saved and folder.exists():
-                save()
-            if isinstance(end, SystemExit):
-                warn(f"stopped after step {step}; go on with --resume {folder}")
-            raise
+            if step == settings.steps:
+                break
+            started = time.perf_counter()
+            pages = next(steps, None)
+            if pages is None:                                   # --epochs are over
+                break
+            data_wait = time.perf_counter() - started
+            with interruptions.deferred():
+                # -------------------------------------------------------------------------------------------- a training step
+                rows = sum(example.page.rows for example in pages)
+                share = share_of_rate(fraction_done(step + 0.5, state["rows"] + rows / 2), settings)    # at its middle
+                torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
+                loss = accumulate_gradients(model, pages, settings.batch_pages)
+                norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+                loss, norm = torch.stack([loss, norm]).tolist()                     # waits for the device
+                if not math.isfinite(loss + norm):
+                    raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
+                                     f"{', '.join(example.page.name for example in pages)}; look at them, or lower --lr")
+                for group in optimizer.param_groups:
+                    group["lr"] = share * group["highest"]
+                whole = False
+                with memory_told(pages):
+                    optimizer.step()
+                optimizer.zero_grad()
+                # ------------------------------------------------------------------------------------------------------------
+                step += 1
+                questions = sum(len(example.page.questions) - len(example.too_long) for example in pages)
+                last = pages[-1].page
+                state.update(step=step, epoch=last.epoch, index=last.index + 1, refill=last.refill, rows=state["rows"] + rows,
+                             questions=state["questions"] + questions,
+                             split_pages=state["split_pages"] + sum(example.page.split for example in pages))
+                whole = True
+                speed, memory = questions / (time.perf_counter() - started), peak_gb(settings.device)
+                lr = max(group["lr"] for group in optimizer.param_groups)
+                log(step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions,
+                    answer_tokens=sum(example.answer_tokens for example in pages), questions_per_second=speed,
+                    data_wait=data_wait, peak_gb=memory)
+                bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
+                bar.update(100 * fraction_done(step, state["rows"]) - bar.n)
+
+        if step == 0 or step == first and (folder / WEIGHTS).exists():
+            raise InputError(f"{folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
+        if settings.eval_every and step not in losses:
+            validate()
+        save()
     model.save_pretrained(folder)
     print(f"{step} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, "
           f"{skips.count(skips.TOO_LONG)} questions too long, {skips.count(skips.UNANSWERED)} without an answer; "

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from model.errors import InputError
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+INSTRUCTION = " Answer the question using a single word or phrase."     # behind DocumentVQA's questions, as in its official evaluation
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: here comes the next image

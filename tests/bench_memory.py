@@ -31,7 +31,9 @@ from model import InternVL, internvl
 from model.config import Config
 from model.lora import add_adapters
 from model.prompt import Prompt
-from train import PARTS, RECIPES, accumulate_gradients, choose_parts, read_lines
+from model.recipes import RECIPES
+from model.runs import read_lines
+from train import PARTS, accumulate_gradients, choose_parts
 
 IMAGE, ANSWER, QUESTIONS = 7, 6, 4              # an id for image tokens; tokens of an answer; questions of a page, as in DocumentVQA
 MODES = {                                       # --train, --checkpoint-activations

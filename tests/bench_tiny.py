@@ -33,7 +33,7 @@ from model.score import anls, exact_match
 from model.tiling import read_image, tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
-from train import plotting, read_lines
+from model.runs import plotting, read_lines
 
 
 def answers(model, tiles, questions):

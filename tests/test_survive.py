@@ -1,4 +1,5 @@
 """What survives: kills, signals, a bad network, a full disk, hostile files. The README's promises about it, one by one."""
+import argparse
 import collections
 import json
 import math
@@ -108,7 +109,7 @@ def test_going_on_at_page_50000_draws_no_page_before_it(fit, monkeypatch):
     _, _, run = fit("run", "--steps", 1, "--save-every", 1)
     model = InternVL.from_pretrained("tiny", "cpu")
     model.projector.requires_grad_(True)
-    optimizer = train.make_optimizer(model, train.argparse.Namespace(lr=1, weight_decay=0, device="cpu"))
+    optimizer = train.make_optimizer(model, argparse.Namespace(lr=1, weight_decay=0, device="cpu"))
     path = latest_checkpoint(run)
     state = load_checkpoint(path, model, optimizer) | {"index": before.index + 1, "refill": before.refill}
     save_checkpoint(path, model, optimizer, state)

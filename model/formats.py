@@ -91,7 +91,7 @@ def read_entry(entry):
     listed = listed if isinstance(listed, list) else [listed]
     if not all(isinstance(image, str) and image for image in listed):
         raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
-    images, turns = place_images(turns, listed)
+    images, turns = place_images(turns, listed, first=-1 if told_by in ("query", "messages") else 0)
     opening, head, rest = images_first(turns)
     return {"turns": rest, "images": images, "system": system, "opening": opening, "head": head,
             "accepted": accepted_answers(entry) if told_by == "question" else None, "question_types": entry.get("question_types") or [],
@@ -123,10 +123,11 @@ def take_turns(said):
     return system, [(question, answer) for (_, question), (_, answer) in zip(said[::2], said[1::2])]
 
 
-def place_images(turns, listed):
+def place_images(turns, listed, first=0):
     """Turns with "<image>" wherever an image is written -> all images in that order, and the turns.
 
-    `listed`: the images named beside the turns, which take the places without a path of their own.
+    `listed`: the images named beside the turns, which take the places without a path of their own. `first`: the turn that
+    they begin where no place is written: the first one or, in ms-swift, the last.
     """
     images, waiting, places = [], iter(listed), 0
 
@@ -136,7 +137,9 @@ def place_images(turns, listed):
         images.append(match.group(1) if match.group(1) is not None else next(waiting, None))
         return PLACEHOLDER
     turns = [(PLACES.sub(place, question), answer) for question, answer in turns]
-    if not images:                                              # no places named: the images come first
+    if not images:
+        question, answer = turns[first]
+        turns[first] = f"{PLACEHOLDER}\n" * len(listed) + question, answer
         return listed, turns
     if places != len(listed):
         raise InputError(f"{places} {PLACEHOLDER} and {len(listed)} images; expected one place an image, or none")

@@ -12,7 +12,7 @@ from commands import call, data, refuses, train
 from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
-from model.formats import read_file
+from model.formats import read_entry, read_file
 from model.prompt import conversation_prompt
 from model.tiling import read_image, tile_page
 from model.tiny.pages import draw_page
@@ -80,7 +80,7 @@ def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny)
         "conversations": {"image": image, "conversations": [{"from": "system", "value": "Be brief."}, *(
             {"from": who, "value": text} for who, text in zip(itertools.cycle(("human", "gpt")), ["<image>\n" + said[0], *said[1:]]))]},
         "messages": {"images": [image], "messages": [{"role": "system", "content": "Be brief."}, *(
-            {"role": who, "content": text} for who, text in zip(itertools.cycle(("user", "assistant")), said))]},
+            {"role": who, "content": text} for who, text in zip(itertools.cycle(("user", "assistant")), ["<image>" + said[0], *said[1:]]))]},
         "history": {"system": "Be brief.", "query": turns[2][0], "response": turns[2][1], "images": [image],
                     "history": [[f"<image>{turns[0][0]}", turns[0][1]], list(turns[1])]},
     }
@@ -361,3 +361,15 @@ def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
     (tmp_path / "a.jsonl").write_text(jsonl([{"query": "a", "response": "b"}] * 2))
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     assert len(read_file(tmp_path / "a.jsonl")[0].rows) == 2
+
+
+@pytest.mark.parametrize("row", [
+    {"query": "And that?", "response": "B.", "history": [["What?", "A."]]},
+    {"messages": [{"role": role, "content": text} for role, text in (("user", "What?"), ("assistant", "A."), ("user", "And that?"), ("assistant", "B."))]}])
+def test_images_without_a_place_begin_the_last_question_in_ms_swift(row):
+    """FACTS: "ms-swift": images without a tag are inserted at the start of the last query. Elsewhere they begin the first."""
+    found = read_entry(row | {"images": ["a.png"]})
+    assert found["opening"] == [("What?", "A.")] and found["head"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
+    llava = {"conversations": [{"from": who, "value": text} for who, text in (("human", "What?"), ("gpt", "A."), ("human", "And that?"), ("gpt", "B."))]}
+    found = read_entry(llava | {"image": "a.png"})
+    assert (found["opening"], found["head"], found["turns"]) == ([], None, [("What?", "A."), ("And that?", "B.")])

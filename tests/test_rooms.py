@@ -1,0 +1,53 @@
+"""The house: arrows point one way, every room says which question it answers, importing has no effect, README lists all."""
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "model").glob("*.py"), *(ROOT / "model" / "tiny").glob("*.py")])
+ABOVE = {"model": {"data", "train", "infer", "tests"}, "data": {"train", "infer", "tests"}, "infer": {"train", "tests"}, "train": {"infer", "tests"}}
+
+
+def imported(path):
+    """Names of all modules that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert not {name.split(".")[0] for name in imported(path)} & ABOVE[room]
+
+
+def test_the_rooms_of_the_model_know_no_more_than_they_need():
+    """Tiling knows no torch, prompt no tensors, vision no text, language no images, the projector only layers."""
+    allowed = {"config": set(), "errors": set(), "layers": set(), "score": set(), "recipes": set(), "tiling": {"errors"}, "prompt": {"errors"},
+               "vision": {"layers"}, "projector": {"layers"}, "language": {"layers"}, "lora": {"layers"}}
+    allowed["config"] = {"errors"}
+    for room, names in allowed.items():
+        found = {name.split(".")[1] for name in imported(ROOT / "model" / f"{room}.py") if name and name.startswith("model.")}
+        assert found <= names, (room, found)
+    assert "torch" not in set(imported(ROOT / "model" / "tiling.py")) | set(imported(ROOT / "model" / "prompt.py"))
+
+
+def test_every_room_begins_with_what_it_is_and_the_readme_leads_to_it():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if text.strip() and path.name != "__init__.py":
+            assert ast.get_docstring(ast.parse(text)), path
+            assert str(path.relative_to(ROOT)) in readme or "model/tiny" in str(path.relative_to(ROOT)), path
+
+
+def test_importing_prints_nothing_and_touches_no_file(tmp_path):
+    modules = ", ".join(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.name != "__init__.py")
+    done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []

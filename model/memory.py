@@ -19,6 +19,9 @@ def peak_gb(device):
     """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():                                         # Linux: getrusage would count what the parent held as well
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     if sys.platform == "win32":
         return 0.0
     import resource

@@ -10,7 +10,6 @@ context (about 0.5 GB), the allocator's fragments, and other kernels' workspaces
 """
 import argparse
 import multiprocessing
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from model import InternVL, internvl
 from model.config import Config
 from model.lora import add_adapters
 from model.prompt import Prompt
+from model.memory import peak_gb
 from model.recipes import RECIPES
 from model.runs import read_lines
 from train import PARTS, accumulate_gradients, choose_parts
@@ -130,13 +130,13 @@ def table(settings):
 
 def measured(config, train, recompute, tiles):
     """(bytes counted, bytes that the process grew by) in a real float32 step, AdamW's moments added to both."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_gb("cpu")
     with Live() as live:
         model = build(config, train, recompute, torch.float32)
         live.peak = 0
         accumulate_gradients(model, [page(config, tiles)], 1)
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return live.peak + moments, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) + moments
+    return live.peak + moments, 1e9 * (peak_gb("cpu") - before) + moments
 
 
 def check(settings):

@@ -176,15 +176,7 @@ def timed(work, device):
     result = work()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return result, time.perf_counter() - started, high_gb(device) - before
-
-
-def high_gb(device):
-    """The high-water mark since `timed` began, where the system lets it begin anew."""
-    status = Path("/proc/self/status")
-    if device.startswith("cuda") or not status.exists():
-        return peak_gb(device)
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return result, time.perf_counter() - started, peak_gb(device) - before
 
 
 def measure(ways, passes, device):
@@ -247,7 +239,6 @@ def ablate(settings):
     """The tricks one by one, every way in every pass."""
     model, reference = load(settings, "float32")
     pages = make_pages(model, settings.pages, settings.tiles, settings.questions)
-    questions = sum(len(asked) for _, asked in pages)
     ways = {"transformers": Theirs(reference, model, pages, settings)} if reference else {}
     ways |= {"ours, one question a row, all logits": Ours(model, pages, settings, True, all_logits),
              "+ logits where a label is": Ours(model, pages, settings, True, label_logits),

@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import random
-import resource
 import shutil
 import struct
 import sys
@@ -25,6 +24,7 @@ from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
 from model.prompt import page_prompt                                # noqa: E402
 from model.tiling import read_image, tile_page                      # noqa: E402
+from model.memory import peak_gb                                         # noqa: E402
 from model.runs import Skips                                             # noqa: E402
 
 
@@ -229,7 +229,7 @@ def main():
             seconds = time.perf_counter() - started
             told["count"] += 1
             told["slowest"] = max(told["slowest"], [f"{source.__name__}, {name}", round(seconds, 2)], key=lambda pair: pair[1])
-    told["gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    told["gb"] = peak_gb("cpu")
     print(json.dumps(told))
 
 

@@ -1,6 +1,5 @@
 """Adapters are PEFT's to the last digit, merge into ordinary weights, and nothing else moves."""
 import copy
-import json
 from argparse import Namespace
 
 import pytest

@@ -126,7 +126,11 @@ class Attention(nn.Module):
         if n > 0:
             seen.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
         if n < page.queries:
-            seen.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
+            # heads that share a key head become one longer row of queries, so that keys are never expanded for them
+            shared = rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1])
+            mask = None if page.mask is None else page.mask.repeat(q.shape[1] // k.shape[1], 1)
+            found = F.scaled_dot_product_attention(shared, k, v, attn_mask=mask)
+            seen.append(rearrange(found, "1 k (g n) d -> 1 (k g) n d", n=page.queries - n))
         return torch.cat(seen, dim=2)
 
 

@@ -119,3 +119,11 @@ def test_blocks_off_the_grid_stay_on_the_page_and_apart(domain):
         assert len(offsets) > 100                                               # no cell's border is kept free
         plain, _ = draw_page(random.Random(seed), "plain", unseen=False)
         assert 0.4 < ink.sum() / (np.asarray(plain) < 128).sum() < 1.3          # nothing is cut off or drawn over
+
+
+@pytest.mark.parametrize("domain, least", [("plain", 0.95), ("moved", 0.7), ("spaced", 0.35)])
+def test_the_loose_model_reads_off_the_grid(domain, least):
+    import bench_tiny
+    from model import InternVL
+    right, close, wrong, _ = bench_tiny.score(InternVL.from_pretrained(TINY / "loose", "cpu"), domain, None, questions=60)
+    assert right >= least and close > right - 1e-9 and wrong <= 0.05

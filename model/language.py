@@ -126,11 +126,12 @@ class Attention(nn.Module):
         if n > 0:
             seen.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
         if n < page.queries:
-            # heads that share a key head become one longer row of queries, so that keys are never expanded for them
-            shared = rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1])
-            mask = None if page.mask is None else page.mask.repeat(q.shape[1] // k.shape[1], 1)
-            found = F.scaled_dot_product_attention(shared, k, v, attn_mask=mask)
-            seen.append(rearrange(found, "1 k (g n) d -> 1 (k g) n d", n=page.queries - n))
+            if page.mask is not None:
+                seen.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
+            else:                               # a decoded token: heads that share a key head stand in one row, no key is expanded
+                shared = rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1])
+                found = F.scaled_dot_product_attention(shared, k, v)
+                seen.append(rearrange(found, "1 k (g n) d -> 1 (k g) n d", n=page.queries - n))
         return torch.cat(seen, dim=2)
 
 

@@ -169,7 +169,7 @@ def draw_curve(folder):
         axes.plot([], [], color="tab:green", marker="s", linestyle="--", label="ANLS of its answers")       # its line in the legend
         right.plot(*zip(*scored), color="tab:green", marker="s", linestyle="--")
         right.set(ylabel="ANLS", ylim=(0, 1.05))
-    axes.legend()
+    axes.legend(loc="center right")
     figure.savefig(folder / "curve.png", dpi=120)
     pyplot.close(figure)
 

@@ -133,7 +133,7 @@ def parse_settings():
 
 
 def whole_paths(data):
-    """'a.jsonl=2,owner/name' -> '/home/me/a.jsonl=2.0,owner/name'."""
+    """'a.jsonl=2,owner/name' -> the same with the whole path of each file, so that a run can be used from any folder."""
     parts = [(name if is_synthetic(name) or not Path(name).exists() else str(Path(name).resolve()), weight)
              for name, weight in named_parts(data)]
     return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in parts)

@@ -109,13 +109,13 @@ class Attention(nn.Module):
         self.value = Linear(config.width, config.kv_heads * config.head_width)
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, pages, rows):                                    # (L, D)
+    def forward(self, x, cos, sin, pages, rows):                                    # (L, D); rows: A of them look back
         q, k, v = (rearrange(part(of), "l (h d) -> h l d", d=self.head_width)
                    for part, of in ((self.query, x[rows]), (self.key, x), (self.value, x)))
-        q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin)                 # (H, L, d), (K, L, d)
+        q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin)                 # (H, A, d), (K, L, d)
         queries, tokens = [page.queries for page in pages], [page.tokens for page in pages]
         seen = [self.attend(*qkv, page) for *qkv, page in zip(q.split(queries, 1), k.split(tokens, 1), v.split(tokens, 1), pages)]
-        return self.out(rearrange(torch.cat(seen, dim=2), "1 h l d -> l (h d)"))    # (L, D)
+        return self.out(rearrange(torch.cat(seen, dim=2), "1 h a d -> a (h d)"))    # (A, D)
 
     def attend(self, q, k, v, page):
         """One page: q (H, queries, d), k and v (K, tokens, d) -> (1, H, queries, d)."""

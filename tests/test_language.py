@@ -7,6 +7,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from model.checkpoint import official_name
 from model.config import LanguageConfig
 from model.language import Cache, Decoder, look_back
+from model.layers import Linear
 
 SMALL = LanguageConfig(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, vocabulary=99, rope_theta=1e6)
 
@@ -101,3 +102,13 @@ def test_the_last_layer_computes_only_what_is_asked_for(decoder):
     expected, = torch.autograd.grad((whole * weights).sum(), x)
     found, = torch.autograd.grad((only * weights).sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_in_bfloat16_is_rounded_as_little_as_many(bias):
+    torch.manual_seed(0)
+    linear = Linear(896, 128, bias=bias).requires_grad_(False)
+    x = torch.randn(5, 896).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), linear.weight.bfloat16().double(), linear.bias.bfloat16().double() if bias else None)
+    for rows in (x, x[:1]):
+        torch.testing.assert_close(linear(rows).double(), exact[:len(rows)], rtol=2 ** -8, atol=1e-5)   # bfloat16's own rounding

@@ -315,7 +315,7 @@ def answer_many(model, arguments, asked, name_images):
     says where its images go has a prefix of its own.
     """
     out, done = go_on(Path(arguments.out), asked) if arguments.out else (sys.stdout, 0)
-    page_of = [(tuple(sources), question if sources and PLACEHOLDER in question else None) for question, sources in asked]
+    page_of = [(tuple(sources), i if sources and PLACEHOLDER in question else None) for i, (question, sources) in enumerate(asked)]
     first = {page: i for i, page in reversed(list(enumerate(page_of)))}
     order = sorted(range(done, len(asked)), key=lambda i: first[page_of[i]])
     held, results = None, {}

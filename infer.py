@@ -111,30 +111,30 @@ def add_machine(group):
     group.add_argument("--port", type=whole_number(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
 
 
-def rules(a):
+def rules(flags):
     """What cannot be asked for together: (whether it is, what to do instead)."""
-    asked, pictures = a.question is not None, bool(a.image or a.video)
+    asked, pictures = flags.question is not None, bool(flags.image or flags.video)
     one_shot = asked or pictures
     return (
-        (a.questions and one_shot,
+        (flags.questions and one_shot,
          "--questions names the questions and images itself; give no QUESTION and no --image or --video beside it"),
-        (a.folder and (not asked or pictures or a.questions),
+        (flags.folder and (not asked or pictures or flags.questions),
          "--folder asks one QUESTION of the images in a folder; give one, and no --image, --video or --questions"),
-        (a.out and not (a.questions or a.folder),
+        (flags.out and not (flags.questions or flags.folder),
          "--out is for the answers of --questions or --folder"),
-        ((a.attend or a.show) and not (asked and pictures),
+        ((flags.attend or flags.show) and not (asked and pictures),
          "--show and --attend are for a QUESTION about an --image or a --video"),
-        (a.explain and not (asked and len(a.image) == 1),
+        (flags.explain and not (asked and len(flags.image) == 1),
          "--explain is for a QUESTION about one --image"),
-        (a.web and (one_shot or a.questions),
+        (flags.web and (one_shot or flags.questions),
          "--web takes images and questions in the browser; give none beside it"),
-        ("-" in a.image and not asked,
+        ("-" in flags.image and not asked,
          "--image - reads the image from standard input; give a QUESTION beside it"),
-        (a.evaluate and (one_shot or a.questions or a.folder or a.web),
+        (flags.evaluate and (one_shot or flags.questions or flags.folder or flags.web),
          "--evaluate names the questions and images itself; give no QUESTION and no images beside it"),
-        ((a.predictions or a.split) and not a.evaluate,
+        ((flags.predictions or flags.split) and not flags.evaluate,
          "--predictions and --split belong to --evaluate DATA"),
-        (asked and not a.question.strip(),
+        (asked and not flags.question.strip(),
          "the question is empty; write what you want to know"),
     )
 
@@ -162,12 +162,13 @@ def load_images(source, allow_private=False):
         raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
 
 
-# --------------------------------------------------------------------------------------------------------- kinds of answers
+# ---------------------------------------------------------------------------------------------------------------- answers
 
-def generator(model, arguments):
+def generate_with(model, arguments):
     """`generate` with its model and settings: (tiles, prompt) pairs and, if there are any, their `caches` -> steps."""
     def steps(pages, **caches):
-        return generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed, **caches)
+        return generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed,
+                        **caches)
     return steps
 
 
@@ -175,7 +176,7 @@ def answer_file(model, arguments, asked, load):
     """Print one object a line for each of the (question, sources) pairs, or add it to --out."""
     out, done = go_on(Path(arguments.out), asked) if arguments.out else (sys.stdout, 0)
     asked = asked[done:]
-    answers = answer_many(model, asked, load, generator(model, arguments), arguments.max_tiles, arguments.max_new_tokens,
+    answers = answer_many(model, asked, load, generate_with(model, arguments), arguments.max_tiles, arguments.max_new_tokens,
                           arguments.batch)
     for (_, sources), answer in zip(asked, answers):
         named = {"images": sources} if arguments.folder else {}
@@ -187,14 +188,20 @@ def answer_split(model, arguments):
     names = ("model", "evaluate", "split", "max_tiles", "max_new_tokens", "temperature", "top_p", "seed", "int8")
     settings = {name: getattr(arguments, name) for name in names} | {"dtype": str(model.dtype).split(".")[-1]}
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
-    room = model.config.language.max_positions - arguments.max_new_tokens
-    examples = Examples(model, arguments.max_tiles, room, arguments.allow_private)
+    max_length = model.config.language.max_positions - arguments.max_new_tokens
+    examples = Examples(model, arguments.max_tiles, max_length, arguments.allow_private)
     workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
-    answers, table = evaluate(
-        model, gather(rows, answered=False), functools.partial(load_examples, examples=examples, workers=workers), examples.write,
-        generator(model, arguments), settings, arguments.batch, Path(arguments.predictions) if arguments.predictions else None)
+    load = functools.partial(load_examples, examples=examples, workers=workers)
+    path = Path(arguments.predictions) if arguments.predictions else None
+    answers, table = evaluate(model, gather(rows, answered=False), load, examples.write, generate_with(model, arguments),
+                              settings, arguments.batch, path)
     if arguments.json:
-        return print(json.dumps(table, ensure_ascii=False))
+        print(json.dumps(table, ensure_ascii=False))
+    else:
+        print_scores(answers, table, settings)
+
+
+def print_scores(answers, table, settings):
     print(f"{len(answers)} questions, {table['all']['questions'] if table else 0} of them with an answer to compare with; "
           + ", ".join(f"{name} {value}" for name, value in settings.items()))
     print(f"{'':<32} questions  " + "  ".join(SCORES))
@@ -202,8 +209,8 @@ def answer_split(model, arguments):
         print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))
 
 
-def converse_or_answer(model, arguments, images, frames, settings, load):
-    """One QUESTION, with its pictures if they are wanted, or a chat."""
+def talk(model, arguments, images, frames, settings, load):
+    """A chat about the images and frames, or one QUESTION, with the pictures of --show and --attend."""
     chat = model.chat(**settings)
     for image in images:
         chat.add_image(image)
@@ -232,7 +239,8 @@ def save_picture(picture, path):
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png in a folder that exists") from error
+        raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png "
+                         "in a folder that exists") from error
 
 
 def browse(model, port, settings):
@@ -268,7 +276,7 @@ def main():
     elif arguments.explain:
         explain_to(arguments.explain, model, images[0], arguments.question, settings)
     else:
-        converse_or_answer(model, arguments, images, frames, settings, load)
+        talk(model, arguments, images, frames, settings, load)
 
 
 if __name__ == "__main__":

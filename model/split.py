@@ -23,7 +23,8 @@ def evaluate(model, pages, load, write, generate, settings, batch=1, path=None):
     `pages`: an iterator over pages as data.py gathers them. `load`: pages -> their examples, in order. `write`: a page, the
     tiles of its images, indices of questions -> (prompt, indices left out). `generate`: (tiles, prompt) pairs -> steps, as
     `model.generate.generate` with its model and settings. `settings`: {flag: value} of all that answers depend on.
-    `batch`: pages answered at once, all questions of a page from one prefix. `path`: a file of predictions, which is gone on with.
+    `batch`: pages answered at once, all questions of a page from one prefix. `path`: a file of predictions; one that exists
+    is gone on with.
     A page that cannot be read or does not fit is named, and its answers are empty. Questions without a known answer, such as
     the challenge's test split has, are not scored.
     Raises InputError for a file of predictions made in another way, and for pages without questions.
@@ -63,11 +64,13 @@ def answer_batch(model, examples, write, generate):
         if example.problem or example.too_long:
             warn(f"{example.page.name}: {example.problem or 'questions that do not fit'}; answered by nothing")
     asked = [[] if example.problem else example.kept for example in examples]       # indices of questions, of each page
-    prompts = [(example.tiles, write(example.page, example.tile_counts, kept)[0]) for example, kept in zip(examples, asked) if kept]
+    prompts = [(example.tiles, write(example.page, example.tile_counts, kept)[0])
+               for example, kept in zip(examples, asked) if kept]
     columns = zip(*generate(prompts)) if prompts else []
     texts = iter([decode(model, [token for token in column if token is not None]) for column in columns])
-    return [line for example, kept in zip(examples, asked)
-            for line in lines_of(example.page, [next(texts) if i in kept else "" for i in range(len(example.page.questions))])]
+    answers = [[next(texts) if i in kept else "" for i in range(len(example.page.questions))]
+               for example, kept in zip(examples, asked)]
+    return [line for example, told in zip(examples, answers) for line in lines_of(example.page, told)]
 
 
 def lines_of(page, texts):
@@ -87,10 +90,11 @@ def earlier_answers(path, settings):
             return json.loads(path.read_text(encoding="utf-8"))
         write_settings(path, {"settings": settings})
         return []
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be gone on with ({type(error).__name__}: {error}); choose another --predictions") from error
+        raise InputError(f"{path}: cannot be gone on with ({type(error).__name__}: {error}); "
+                         "choose another --predictions") from error
 
 
 def write_predictions(path, answers):

@@ -178,3 +178,8 @@ def special_id(tokenizer, token):
     if index is None or index == tokenizer.unk_token_id:
         raise InputError(f"the tokenizer has no {token}; the model folder needs InternVL2's own tokenizer files")
     return index
+
+
+def clean(text):
+    """Text from outside as the tokenizer takes it: what is not UTF-8 becomes a replacement character."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

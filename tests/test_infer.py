@@ -140,6 +140,16 @@ def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypat
         assert (result["tokens"], result["prompt_tokens"]) == (alone["tokens"], alone["prompt_tokens"])
 
 
+def test_a_question_asked_twice_is_answered_twice(ask, page, tmp_path):
+    """Also where it says where its image goes, and so shares no prefix."""
+    asked = ["<image> What?", "<image> What?", "And this?", "And this?"]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": question, "images": [str(page)]}) for question in asked))
+    results = [json.loads(line) for line in ask("--questions", tmp_path / "q.jsonl", "--batch", 4).splitlines()]
+    assert [result["question"] for result in results] == asked
+    for result in results:
+        assert result["tokens"] == json.loads(ask("--image", page, "--json", result["question"]))["tokens"]
+
+
 def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     Image.open(page).convert("RGB").save(tmp_path / "scan.pdf", resolution=72)

@@ -4,7 +4,7 @@ A *model folder* has the official layout: config.json, the tokenizer's files and
 An *adapter folder* is PEFT's: adapter_config.json, which names the model it belongs to, and adapter_model.safetensors.
 A *run folder* is what train.py writes: settings.json, checkpoints/, and when the run has ended also a model folder.
 A *checkpoint* in it holds the trained tensors, in float32, and the optimizer's state; the rest is in the run's base model.
-Only safetensors and JSON are read or written. FACTS: "Checkpoint".
+Only safetensors and JSON are read or written. Source of the names: the header of the published file.
 """
 import hashlib
 import json
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from model.config import Config
 from model.errors import InputError
-from model.layouts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, native_files, native_tensors, peft_files, read_adapter, read_adapter_config
+from model.layouts import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, native_files, native_tensors, peft_files, read_adapter,
+                           read_adapter_config)
 from model.lora import adapters
 from model.network import retried
 
@@ -53,7 +54,8 @@ OFFICIAL_NAMES = {                      # of modules; a block's number stands fo
 }
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
-TOKENIZER = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt")
 BESIDE_WEIGHTS = (                      # what else makes a model folder complete, for us and for the official code
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER,
     "configuration_*.py", "modeling_*.py", "conversation.py")
@@ -378,7 +380,8 @@ def fit_adapters(weights, adapted, path):
     """
     fitting = []
     for layer in {name.rpartition(".lora_")[0] for name in adapted}:
-        weight, a, b = weights.get(f"{layer}.weight"), adapted.get(f"{layer}.lora_A.weight"), adapted.get(f"{layer}.lora_B.weight")
+        weight = weights.get(f"{layer}.weight")
+        a, b = adapted.get(f"{layer}.lora_A.weight"), adapted.get(f"{layer}.lora_B.weight")
         if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
             raise InputError(f"{path}: the adapter of {layer} is not of this model")
         fitting.append((weight, a, b))

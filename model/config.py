@@ -1,7 +1,7 @@
 """Which numbers define InternVL2-1B? The defaults below are the answer; `Config.read` takes them from a config.json.
 
 Everything that follows from these numbers is a property, so it can never disagree with them.
-Source: the official config.json of OpenGVLab/InternVL2-1B (FACTS: "InternVL2-1B, config.json").
+Source: the official config.json of OpenGVLab/InternVL2-1B.
 """
 import json
 from dataclasses import dataclass, field

@@ -31,7 +31,8 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     caches = caches or [Cache(model.config.language, 0, device, model.dtype) for _ in pages]
     for page, (_, prompt) in enumerate(pages):
         caches[page].reserve(len(prompt.ids) + page_of.count(page) * max_new_tokens)
-    asked = [torch.tensor([place for place, of in zip(places, page_of) if of == page], dtype=torch.long) for page in range(len(pages))]
+    asked = [torch.tensor([place for place, of in zip(places, page_of) if of == page], dtype=torch.long)
+             for page in range(len(pages))]
     hidden = model.read(batch, caches, asked)                               # (questions, D)
     open_questions = list(range(len(places)))
     generators = [torch.Generator(device).manual_seed(seed) for _ in places] if temperature else places

@@ -4,7 +4,8 @@
     questions ------------------------------------> prompt (L) -> embedding (L, 896) ------ splice -----> decoder (L, 896)
                                                                             answers only -> head (A, 151655) -> loss
 
-Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; FACTS: "Embedding replacement".
+Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; `modeling_internvl_chat.py`,
+which is published with the weights.
 """
 import itertools
 import math

@@ -11,7 +11,7 @@ A token sees every earlier token of its page that belongs to the prefix (branch 
 The branches of a page in training, the next turn of a chat and one decoded token are the same call with another mask.
 
 Source: Qwen2 technical report (arXiv 2407.10671), section 2; grouped-query attention arXiv 2305.13245; rotary positions
-arXiv 2104.09864; SwiGLU arXiv 2002.05202. FACTS: "Qwen2 decoder".
+arXiv 2104.09864; SwiGLU arXiv 2002.05202.
 """
 from dataclasses import dataclass
 
@@ -114,7 +114,8 @@ class Attention(nn.Module):
                    for part, of in ((self.query, x[rows]), (self.key, x), (self.value, x)))
         q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin)                 # (H, A, d), (K, L, d)
         queries, tokens = [page.queries for page in pages], [page.tokens for page in pages]
-        seen = [self.attend(*qkv, page) for *qkv, page in zip(q.split(queries, 1), k.split(tokens, 1), v.split(tokens, 1), pages)]
+        split = zip(q.split(queries, 1), k.split(tokens, 1), v.split(tokens, 1), pages)
+        seen = [self.attend(*qkv, page) for *qkv, page in split]
         return self.out(rearrange(torch.cat(seen, dim=2), "1 h a d -> a (h d)"))    # (A, D)
 
     def attend(self, q, k, v, page):
@@ -128,7 +129,7 @@ class Attention(nn.Module):
         if n < page.queries:
             if page.mask is not None:
                 seen.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
-            else:                               # a decoded token: heads that share a key head stand in one row, no key is expanded
+            else:                       # a decoded token: heads that share a key head stand in one row, no key is expanded
                 shared = rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1])
                 found = F.scaled_dot_product_attention(shared, k, v)
                 seen.append(rearrange(found, "1 k (g n) d -> 1 (k g) n d", n=page.queries - n))

@@ -1,6 +1,7 @@
 """In which layouts do others keep this model? transformers' own InternVL, and PEFT's adapters, by the names in their files.
 
-The official layout is checkpoint.py's; from it everything here is renamed. FACTS: "transformers-native InternVL", "Official LoRA".
+The official layout is checkpoint.py's; from it everything here is renamed.
+Sources: transformers' models/internvl; the official `wrap_backbone_lora` and `wrap_llm_lora`; PEFT's adapter_config.json.
 """
 import json
 import math
@@ -68,7 +69,8 @@ def native_files(model):
             "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
             "vision_config": {
                 "model_type": "internvl_vision", "hidden_size": vision.width, "num_hidden_layers": vision.layers,
-                "num_attention_heads": vision.heads, "intermediate_size": vision.mlp_width, "image_size": [vision.tile_pixels] * 2,
+                "num_attention_heads": vision.heads, "intermediate_size": vision.mlp_width,
+                "image_size": [vision.tile_pixels] * 2,
                 "patch_size": [vision.patch_pixels] * 2, "layer_norm_eps": vision.norm_eps, "attention_bias": True,
                 "use_qk_norm": False, "hidden_act": "gelu", "norm_type": "layer_norm", "use_absolute_position_embeddings": True,
                 "use_mask_token": False, "use_mean_pooling": True, "layer_scale_init_value": 1.0},
@@ -81,7 +83,8 @@ def native_files(model):
                 "eos_token_id": end}},
         "generation_config.json": {"do_sample": False, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id},
         "preprocessor_config.json": {
-            "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor", "size": side, "resample": 3,
+            "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor", "size": side,
+            "resample": 3,
             "crop_to_patches": model.config.thumbnail, "min_patches": 1, "max_patches": 12, "do_convert_rgb": True,
             "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN,
             "image_std": DEVIATION},
@@ -119,9 +122,11 @@ def peft_files(trained, lora_scale, base, dropout):
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
         raise InputError("an adapter holds what --train lora trains, and the projector as a whole or adapted; this run trains "
-                         f"{', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; write it with --format official")
+                         f"{', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
+                         "write it with --format official")
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": lora_scale * ranks[0],
-              "lora_dropout": dropout, "bias": "none", "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
+              "lora_dropout": dropout, "bias": "none",
+              "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
     return {PREFIX + name: tensor for name, tensor in trained.items()}, config
 
@@ -136,7 +141,8 @@ def read_adapter_config(folder):
         if not config["base_model_name_or_path"]:
             raise InputError(f"{path}: base_model_name_or_path is empty; write there the model that the adapter belongs to")
         if config["peft_type"] != "LORA" or trouble:
-            raise InputError(f"{path}: {config['peft_type']} {', '.join(trouble)}; expected plain LoRA, one rank and alpha for all layers")
+            raise InputError(f"{path}: {config['peft_type']} {', '.join(trouble)}; "
+                             "expected plain LoRA, one rank and alpha for all layers")
         config["scale"] = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
         return config
     except (OSError, KeyError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError) as error:
@@ -155,7 +161,8 @@ def read_adapter(folder, official):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
     # a model of transformers 5 has language_model.layers where its files and the official ones have language_model.model.layers
-    found = {re.sub(r"^language_model\.(?!model\.|lm_head)", "language_model.model.", name): tensor for name, tensor in found.items()}
+    found = {re.sub(r"^language_model\.(?!model\.|lm_head)", "language_model.model.", name): tensor
+             for name, tensor in found.items()}
     trained = {}
     for layer in [name.removesuffix("weight") for name in official]:
         for name in [layer + "weight", layer + "lora_A.weight", layer + "lora_B.weight"] if layer.endswith(".") else [layer]:

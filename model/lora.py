@@ -3,7 +3,8 @@
     y = W x + b + alpha / rank * B A dropout(x)         A (rank, in) random, B (out, rank) zeros: nothing changes at first
     W <- W + alpha / rank * B A                         merged: an ordinary weight again, at no cost
 
-Sources: LoRA (arXiv 2106.09685), section 4.1; FACTS: "Official LoRA". A and B are float32 whatever the frozen weight is.
+Sources: LoRA (arXiv 2106.09685), section 4.1; which layers: the official `wrap_llm_lora`. A and B are float32
+whatever the frozen weight is.
 """
 import math
 import re
@@ -51,7 +52,8 @@ def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
     generator = torch.Generator().manual_seed(seed)
     for layer in targeted(model, targets).values():
         layer.adapter = Adapter(layer.in_features, layer.out_features, rank, alpha, dropout, layer.weight.device)
-        drawn = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=math.sqrt(5), generator=generator)     # as PEFT
+        drawn = torch.empty(rank, layer.in_features)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)                # as PEFT
         layer.adapter.a.weight.data.copy_(drawn)
         nn.init.zeros_(layer.adapter.b.weight)
 

@@ -48,7 +48,8 @@ def saved_gb(model, tiles):
         return tensor.detach()                                  # the tensor itself would keep its own graph alive for ever
 
     size = model.config.vision.tile_pixels
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles], [QUESTION] * QUESTIONS, [ANSWER] * QUESTIONS)
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles], [QUESTION] * QUESTIONS,
+                            [ANSWER] * QUESTIONS)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model.loss(model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)]))
     del loss                                                    # alive until here, so no storage was counted twice or reused

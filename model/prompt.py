@@ -10,7 +10,7 @@ Every branch takes up the positions where the prefix ends. Tokens, labels, posit
 piece by piece, so a label can never be out of step with its token. Text that a user typed is always read as plain text:
 "<|im_end|>" in a question is eleven characters, not the end of the turn.
 
-Source: the template "Hermes-2" of InternVL2-1B; FACTS: "Conversation templates".
+Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` published with it.
 """
 import itertools
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from model.errors import InputError
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-INSTRUCTION = " Answer the question using a single word or phrase."     # behind DocumentVQA's questions, as in its official evaluation
+# behind DocumentVQA's questions, as in its official evaluation
+INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: here comes the next image

@@ -19,8 +19,9 @@ from model.prompt import INSTRUCTION
 from model.score import exact_match
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
-CARD = ("data", "domain", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps", "epochs", "batch_pages",
-        "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")      # settings told in a model card
+# told in a model card
+CARD = ("data", "domain", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps", "epochs",
+        "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
 def open_run(settings):
@@ -121,14 +122,15 @@ def write_samples(folder, step, answers):
 def draw_samples(folder, pages):
     """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth.
 
-    `pages`: (name, Pillow image or None).     The first page is also saved on its own, page.png, to be asked.
+    `pages`: (name, Pillow image or None). The first page is also saved on its own, page.png, to be asked.
     """
     pyplot = plotting()
     for image in [image for _, image in pages if image][:1]:
         image.save(folder / "page.png")
     samples = read_lines(folder / SAMPLES)
     before, after = samples[0], samples[-1]
-    figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False, layout="constrained")
+    figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False,
+                                   layout="constrained")
     columns = ((0.0, 34, "question"), (0.34, 20, f"answer at step {before['step']}"), (0.57, 20, f"at step {after['step']}"),
                (0.8, 18, "truth"))                              # where a column begins, the characters it has room for
     for (name, image), (left, right) in zip(pages, rows):
@@ -156,18 +158,20 @@ def draw_curve(folder):
     pyplot = plotting()
     lines = read_lines(folder / METRICS)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, style in (("train_loss", dict(color="tab:blue", alpha=0.5, linewidth=1)), ("val_loss", dict(color="tab:red", marker="o"))):
+    for key, label, style in (("train_loss", "training", dict(color="tab:blue", alpha=0.5, linewidth=1)),
+                              ("val_loss", "validation", dict(color="tab:red", marker="o"))):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
-            axes.plot(*zip(*points), label={"train_loss": "training", "val_loss": "validation"}[key], **style)
+            axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)")
     axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(alpha=0.3)
     scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]
     if scored:
         right = axes.twinx()
-        axes.plot([], [], color="tab:green", marker="s", linestyle="--", label="ANLS of its answers")       # its line in the legend
-        right.plot(*zip(*scored), color="tab:green", marker="s", linestyle="--")
+        style = dict(color="tab:green", marker="s", linestyle="--")
+        axes.plot([], [], label="ANLS of its answers", **style)                 # its line in the legend
+        right.plot(*zip(*scored), **style)
         right.set(ylabel="ANLS", ylim=(0, 1.05))
     axes.legend(loc="center right")
     figure.savefig(folder / "curve.png", dpi=120)
@@ -274,7 +278,7 @@ def memory_told(examples):
 # ----------------------------------------------------------------------------------------------------------------- export
 
 def export(run_folder, target, layout, repository=None):
-    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it to a Hub repository if one is named."""
+    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it if a Hub repository is named."""
     if layout == "peft":
         export_adapter(run_folder, target)
     else:
@@ -289,7 +293,8 @@ def export(run_folder, target, layout, repository=None):
             HfApi().create_repo(repository, exist_ok=True)
             print("uploaded", HfApi().upload_folder(repo_id=repository, folder_path=target))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', or upload {target} yourself") from error
+            raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', "
+                             f"or upload {target} yourself") from error
 
 
 def write_card(run, folder):
@@ -300,12 +305,14 @@ def write_card(run, folder):
     settings |= {key: ",".join(Path(part).name if os.path.isabs(part) else part for part in settings[key].split(","))
                  for key in ("model", "data")}                  # no folders of this machine
     told = {key: settings[key] for key in CARD if settings.get(key) is not None}
-    card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n", f"# {settings['model']}, fine-tuned\n",
-            "| setting | value |\n|---|---|", *(f"| {key} | {value} |" for key, value in told.items())]
+    card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n",
+            f"# {settings['model']}, fine-tuned\n", "| setting | value |\n|---|---|",
+            *(f"| {key} | {value} |" for key, value in told.items())]
     if measured:
         names = [name for name in measured[-1] if name != "step"]
         card += ["", f"| step | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|",
-                 *(f"| {line['step']} | " + " | ".join(f"{line[name]:.4f}" for name in names) + " |" for line in (measured[0], measured[-1]))]
+                 *(f"| {line['step']} | " + " | ".join(f"{line[name]:.4f}" for name in names) + " |"
+                   for line in (measured[0], measured[-1]))]
         shutil.copyfile(run / "curve.png", folder / "curve.png")
         card += ["\n![training and validation loss](curve.png)"]
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")

@@ -6,8 +6,8 @@ The definitions of ANLS agree but for spaces in the answers and at a score of ex
     anls_stvqa      the evaluator class beside it, in the manner of ST-VQA: lengths are those of the normalised texts
     anls_challenge  the challenge's formula, of normalised texts: what is half wrong counts as wrong, so 0.5 becomes 0
 
-Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; relaxed accuracy, "ChartQA"
-(arXiv 2203.10244), section "Evaluation"; FACTS: "Evaluation".
+Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; relaxed accuracy,
+"ChartQA" (arXiv 2203.10244), section "Evaluation"; the official eval/vqa.
 """
 import math
 

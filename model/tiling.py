@@ -2,7 +2,7 @@
 
     page 1000 x 700  ->  grid 3 x 2  ->  6 tiles of 448 x 448, row by row, and the whole page once more as a thumbnail
 
-Source: InternVL 1.5 (arXiv 2404.16821), section "Dynamic High-Resolution"; FACTS: "Preprocessing".
+Source: InternVL 1.5 (arXiv 2404.16821), section "Dynamic High-Resolution"; official `dynamic_preprocess`.
 Pixel values are those of Pillow 13; earlier releases resize some small pages in another order of passes.
 """
 import io

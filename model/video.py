@@ -1,7 +1,7 @@
 """Which frames of a video does the model see? A few, evenly spread; each is one tile.
 
 PyAV reads films and is imported only for them (pip install av); animated GIF, WebP and PNG need nothing but Pillow.
-Source: the model card of InternVL2; FACTS: "Frame sampling".
+Source: the model card of InternVL2.
 """
 from pathlib import Path
 

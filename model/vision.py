@@ -1,6 +1,6 @@
 """What is InternViT? A vision transformer over the patches of one tile; tiles do not see each other.
 
-Source: InternVL (arXiv 2312.14238); FACTS: "Vision tower forward". Differences from a textbook ViT: layer scale on both
+Source: InternVL (arXiv 2312.14238), `modeling_intern_vit.py`. Differences from a textbook ViT: layer scale on both
 branches, no norm after the last block, an exact GELU.
 """
 import torch

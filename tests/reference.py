@@ -1,4 +1,4 @@
-"""The reference: transformers' own InternVL, given the same weights. Nobody here wrote it. FACTS: "transformers-native"."""
+"""The reference: transformers' own InternVL, given the same weights. Nobody here wrote it."""
 import re
 
 import torch

@@ -37,7 +37,7 @@ def test_the_full_model_has_the_official_637_tensors():
         model = InternVL(Config())
     shapes = {official_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert len(shapes) == 637 and sum(torch.Size(shape).numel() for shape in shapes.values()) == 938_158_976
-    assert shapes["vision_model.encoder.layers.23.attn.qkv.weight"] == (3072, 1024)         # FACTS: "Checkpoint"
+    assert shapes["vision_model.encoder.layers.23.attn.qkv.weight"] == (3072, 1024)         # as published
     assert shapes["vision_model.embeddings.position_embedding"] == (1, 1025, 1024)
     assert shapes["vision_model.encoder.layers.0.ls2"] == (1024,)
     assert shapes["mlp1.1.weight"] == (896, 4096) and shapes["mlp1.0.bias"] == (4096,) and shapes["mlp1.3.bias"] == (896,)

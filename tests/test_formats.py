@@ -367,7 +367,7 @@ def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
     {"query": "And that?", "response": "B.", "history": [["What?", "A."]]},
     {"messages": [{"role": role, "content": text} for role, text in (("user", "What?"), ("assistant", "A."), ("user", "And that?"), ("assistant", "B."))]}])
 def test_images_without_a_place_begin_the_last_question_in_ms_swift(row):
-    """FACTS: "ms-swift": images without a tag are inserted at the start of the last query. Elsewhere they begin the first."""
+    """In ms-swift images without a tag are inserted at the start of the last query. Elsewhere they begin the first."""
     found = read_entry(row | {"images": ["a.png"]})
     assert found["opening"] == [("What?", "A.")] and found["head"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
     llava = {"conversations": [{"from": who, "value": text} for who, text in (("human", "What?"), ("gpt", "A."), ("human", "And that?"), ("gpt", "B."))]}

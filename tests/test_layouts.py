@@ -213,7 +213,7 @@ def test_the_native_files_of_internvl2_1b_describe_its_shape_and_its_tokens(toke
         (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value))
     with torch.device("meta"):
         native = InternVLForConditionalGeneration(InternVLConfig.from_pretrained(tmp_path))
-    assert len(native.state_dict()) == 733 and sum(p.numel() for p in native.parameters()) == 938_158_976      # FACTS: "transformers-native"
+    assert len(native.state_dict()) == 733 and sum(p.numel() for p in native.parameters()) == 938_158_976      # as published
     again = Qwen2Tokenizer.from_pretrained(tmp_path)
     text = again.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "总金额 What?"}]}],
                                      tokenize=False, add_generation_prompt=True)

@@ -10,7 +10,7 @@ from model.prompt import END, NOT_LEARNED, START, SYSTEM, conversation_prompt, p
 
 SYSTEM_IDS = [151644, 8948, 198, 56568, 104625, 100633, 104455, 104800, 101101, 32022, 102022, 99602, 100013, 9370, 90286,
               21287, 42140, 53772, 35243, 26288, 104949, 3837, 105205, 109641, 67916, 30698, 11, 54851, 46944, 115404, 42192,
-              99441, 100623, 48692, 100168, 110498, 1773, 151645]       # FACTS: "Tokenizers"
+              99441, 100623, 48692, 100168, 110498, 1773, 151645]       # golden, of the published tokenizer
 SPECIALS = ("<|endoftext|>", START, END, "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 
 

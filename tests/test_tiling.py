@@ -13,7 +13,7 @@ from model import InputError
 from model.tiling import choose_grid, read_image, tile_page
 from model.vision import DEVIATION, MEAN, normalise
 
-# width, height: grid for at most 1, 6, 12 and 18 tiles. FACTS: "Grid test vectors"
+# golden vectors: width, height: grid for at most 1, 6, 12 and 18 tiles
 GRIDS = {
     (1000, 700): ((1, 1), (3, 2), (3, 2), (3, 2)), (448, 448): ((1, 1), (1, 1), (1, 1), (1, 1)),
     (300, 900): ((1, 1), (1, 3), (1, 3), (1, 3)), (2481, 3508): ((1, 1), (2, 3), (2, 3), (2, 3)),

@@ -99,7 +99,8 @@ def glyph(character, domain):
     if domain == "mirrored":
         cell = ImageOps.mirror(cell)
     if domain == "slanted":
-        cell = cell.transform(cell.size, Image.Transform.AFFINE, (1, 0.5, -CELL / 4, 0, 1, 0), Image.Resampling.BILINEAR, fillcolor=255)
+        slant = 1, 0.5, -CELL / 4, 0, 1, 0
+        cell = cell.transform(cell.size, Image.Transform.AFFINE, slant, Image.Resampling.BILINEAR, fillcolor=255)
     return cell
 
 

@@ -29,8 +29,9 @@ from model import InputError
 from model.errors import OneLineParser, run, whole_number
 from model.formats import read_file
 from model.network import fetch
-from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, branches_prompt, special_id
+from model.prompt import INSTRUCTION, Prompt, branches_prompt
 from model.rows import count_rows, is_synthetic, named_parts, numbered, open_rows       # noqa: F401: for those who read rows
+from model.show import show_example
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
@@ -459,49 +460,6 @@ def check(path, examples, split):
     return not problems
 
 
-def show(example, tokenizer, file):
-    """Print what the model reads of an example, token by token; save the picture of its tiles."""
-    page, prompt = example.page, example.prompt
-    green, plain = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    image_id = special_id(tokenizer, IMAGE_TOKEN)
-    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
-    if len(example.tiles):
-        draw_tiles(example.tiles, example.tile_counts).save(file)
-        print(f"tiles: {file}, one line an image, the thumbnail last")
-    for branch in range(max(prompt.branches) + 1):
-        at = [i for i, b in enumerate(prompt.branches) if b == branch]
-        learned = sum(prompt.labels[i] >= 0 for i in at)
-        print(f"\nbranch {branch}{'' if branch else ' (what all questions share)'}: {len(at)} tokens from position {prompt.positions[at[0]]}, {learned} learned")
-        pieces = []
-        for (is_image, is_learned), run_of in itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0)):
-            ids = [prompt.ids[i] for i in run_of]
-            if is_image:
-                pieces.append(f"{IMAGE_TOKEN} x {len(ids)}")
-                continue
-            texts, waiting = [], []
-            for i, index in enumerate(ids, 1):
-                waiting.append(index)
-                text = tokenizer.decode(waiting)
-                if not text.endswith("\N{REPLACEMENT CHARACTER}") or i == len(ids):         # else half a character
-                    texts.append(text.replace("\n", "⏎"))
-                    waiting = []
-            pieces.append("|".join(texts) if not is_learned else green + "|".join(texts) + plain)
-        print("|".join(pieces))
-    print(f"\n{len(prompt.ids)} tokens, {prompt.ids.count(image_id)} of them from images, {example.answer_tokens} learned"
-          + (f"; {len(example.too_long)} questions left out, they do not fit" if example.too_long else ""))
-
-
-def draw_tiles(tiles, counts):
-    """uint8 tiles (n, 3, S, S) -> a picture of them, a row an image."""
-    from PIL import Image
-    size, gap = tiles.shape[-1], 8
-    sheet = Image.new("RGB", (max(counts) * (size + gap) - gap, len(counts) * (size + gap) - gap), "magenta")
-    for row, images in enumerate(tiles.split(counts)):
-        for column, tile in enumerate(images):
-            sheet.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (column * (size + gap), row * (size + gap)))
-    return sheet
-
-
 def main():
     arguments = parse_arguments()
     examples = make_examples(arguments)
@@ -516,7 +474,7 @@ def main():
         raise InputError(f"{page.name}: {example.problem}")
     if arguments.model is None:
         print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
-    show(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
+    show_example(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
 
 
 if __name__ == "__main__":

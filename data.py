@@ -44,8 +44,8 @@ GROUPED = 50                            # micro-batches that are formed at a tim
 @dataclass
 class Page:
     """One image, sometimes several or none, with all that is asked about it."""
-    name: str                                                   # document and page number or file and line, to be named in messages
-    images: list                                                # each as stored (PNG, JPEG, ...) or what `bytes()` makes one of, a path or an address
+    name: str                                                   # document and page number, or file and line
+    images: list                                                # each as `load_image` takes it
     questions: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)            # the one that is learned of each question,
     accepted: list[list[str]] = field(default_factory=list)     # and all that count as right
@@ -77,8 +77,8 @@ def gather(rows, look_ahead=512, refill=(0, 0), answered=True):
     held. A page spread wider, or with more questions than one row can hold, becomes several, marked as `split`.
 
     `refill` says where to begin: (pages before, row, *rows to pass over). A page's own is what yields it and all after it
-    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out if
-    they are to be `answered`.
+    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out
+    if they are to be `answered`.
 
     >>> [page.questions for page in gather([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
@@ -131,8 +131,8 @@ def page_key(row):
 
 def new_page(row, split=False):
     if "turns" in row:
-        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"], head=row["head"],
-                    max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
+        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"],
+                    head=row["head"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
     return Page("/".join(map(str, page_key(row)[1:])), [image_bytes(row)], split=split)
 
 
@@ -149,33 +149,36 @@ def image_bytes(row):
 
 
 def add_row(page, row, answered=True):
-    """Add a row's question, or its conversation, and its answers, the first to be learned as written, to its page."""
-    if "turns" in row:
-        several = len(row["turns"]) > 1
-        page.rows += 1
-        for number, (question, answer) in enumerate(row["turns"]):
-            name = row["place"] if row["questionId"] is None else row["questionId"]
-            add_question(page, question, answer, row["accepted"] or [answer], number > 0, f"{name}/{number + 1}" if several else name,
-                         row["question_types"], row["place"])
-        return
-    answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"] or []
-    answers = [answer for answer in answers if answer is not None]
+    """Add a row's question, or its conversation, to its page; the first of its answers is to be learned, as written."""
     page.rows += 1
-    if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; expected text and a list of texts")
-    has_answer = bool(row["question"] and answers and answers[0])
-    page.unanswered += not has_answer
-    if has_answer or not answered:
+    if "turns" in row:
+        return add_conversation(page, row)
+    question, answers = row["question"] or "", row["answers"] or []
+    answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer is not None]
+    if not isinstance(question, str) or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; "
+                         "expected text and a list of texts")
+    accepted = [plain(answer) for answer in answers] if question and answers and answers[0] else []
+    page.unanswered += not accepted
+    if accepted or not answered:
         name = f"{page.name}/{page.rows}" if row.get("questionId") is None else row["questionId"]
-        add_question(page, plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), plain(answers[0]) if has_answer else "",
-                     [plain(answer) for answer in answers] if has_answer else [], False, name, row.get("question_types"), name)
+        add_question(page, plain(question) + ("" if row.get("as_written") else INSTRUCTION), accepted[0] if accepted else "",
+                     accepted, name, row.get("question_types"), place=name)
 
 
-def add_question(page, question, answer, accepted, follows, name, types, place):
+def add_conversation(page, row):
+    several, name = len(row["turns"]) > 1, row["place"] if row["questionId"] is None else row["questionId"]
+    for number, (question, answer) in enumerate(row["turns"]):
+        add_question(page, question, answer, row["accepted"] or [answer], f"{name}/{number + 1}" if several else name,
+                     row["question_types"], row["place"], follows=number > 0)
+
+
+def add_question(page, question, answer, accepted, name, types, place, follows=False):
+    if follows:
+        page.follows.add(len(page.questions))
     page.questions.append(question)
     page.answers.append(answer)
     page.accepted.append(accepted)
-    page.follows |= {len(page.questions) - 1} if follows else set()
     page.ids.append(name)
     page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types or []])
     page.places.append(place)
@@ -202,7 +205,8 @@ def shuffled(pages, seed, buffer=SHUFFLE_PAGES):
 def grouped(pages, size, count, seed):
     """Yield pages such that each `count` that follow one another, a micro-batch, are of like `size(page)`.
 
-    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no size.
+    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no
+    size.
     """
     draw, pages = random.Random(seed), iter(pages)
     while window := sorted(itertools.islice(pages, GROUPED * count), key=lambda page: page and size(page) or 0):
@@ -220,9 +224,8 @@ class PageStream:
     """
 
     def __init__(self, rows, epochs=None, shuffle=True, seed=0, look_ahead=512, start=(0, 0, (0, 0)), group=None):
-        self.group = group
         self.rows, self.epochs, self.shuffle, self.seed = rows, epochs, shuffle, seed
-        self.look_ahead, self.start = look_ahead, start
+        self.look_ahead, self.start, self.group = look_ahead, start, group
 
     def __iter__(self):
         return ahead(self.pages(), depth=16)
@@ -324,7 +327,6 @@ class Examples(Dataset):
         if not page.questions:
             return Example(page, problem=f"none of its {page.rows} questions has an answer "
                                          "(DocumentVQA's test split has none: train on another split)")
-        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))       # tiles are shared among images
         tile_pixels, draw = self.config.vision.tile_pixels, random.Random(f"{page.name} {page.epoch}")
         try:
             images = [load_image(image, self.allow_private) for image in page.images]
@@ -332,7 +334,7 @@ class Examples(Dataset):
             return Example(page, problem=str(error))
         if page.augment:
             images = [compressed(image, draw.randint(75, 100)) for image in images]
-        tiles = [tile_page(image, most, tile_pixels, self.config.thumbnail) for image in images]
+        tiles = [tile_page(image, self.tiles_of_each(page), tile_pixels, self.config.thumbnail) for image in images]
         counts = [len(t) for t in tiles]
         prompt, left_out = self.write(page, counts)
         tiles = torch.from_numpy(np.concatenate([np.empty((0, 3, tile_pixels, tile_pixels), np.uint8), *tiles]))
@@ -342,6 +344,10 @@ class Examples(Dataset):
             example.problem = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
                                f"--max-length {self.max_length}; raise it or lower --max-tiles")
         return example
+
+    def tiles_of_each(self, page):
+        """The most tiles that each image of a page may be cut into: they share those of the page."""
+        return max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
 
     def write(self, page, tile_counts, asked=None):
         """The prompt of a page and the indices of the questions left out.
@@ -366,16 +372,16 @@ class Examples(Dataset):
 
     def size(self, page):
         """About how many tokens a page has, from the headers of its images, four bytes of text to a token."""
-        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
-        tiles = 0
+        most, tiles = self.tiles_of_each(page), 0
         for image in page.images:
-            columns, rows = choose_grid(*size, most, self.config.vision.tile_pixels) if (size := image_size(image)) else (most, 1)
+            pixels = image_size(image)
+            columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
         return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
 
 
 def load_image(source, allow_private=False):
-    """A Pillow image from the bytes of a file (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
+    """A Pillow image from a file's bytes (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
     if not isinstance(source, str):
         return read_image(source)
     if source.startswith(("http://", "https://")):
@@ -403,16 +409,21 @@ def parse_arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser("check", help="validate whole files: file:line and the reason of all that is wrong")
     check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, which are learned")
+    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, "
+                                      "which are learned")
     show_parser.add_argument("path", metavar="PATH", help="as in check")
-    show_parser.add_argument("number", type=whole_number(0), metavar="N", help="which example, counted from 0: a page with all its questions")
+    show_parser.add_argument("number", type=whole_number(0), metavar="N",
+                             help="which example, counted from 0: a page with all its questions")
     show_parser.add_argument("--out", help="the picture's file (show-N.png)")
     for command in (check_parser, show_parser):
-        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights (the embedded one; "
-                             "check then judges no lengths)")
-        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
-        command.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page (%(default)s)")
-        command.add_argument("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
+        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights "
+                             "(the embedded one; check then judges no lengths)")
+        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12,
+                             help="tiles a page may be cut into (%(default)s)")
+        command.add_argument("--max-length", type=whole_number(1), default=8192,
+                             help="tokens of a question with its page (%(default)s)")
+        command.add_argument("--allow-private", action="store_true",
+                             help="fetch images from addresses of a private network too")
         command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
     return parser.parse_args()
 
@@ -423,50 +434,53 @@ def make_examples(arguments):
     from model.config import Config
     folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
-    return Examples(model, arguments.max_tiles, arguments.max_length if arguments.model or arguments.command == "show" else None,
-                    arguments.allow_private)
+    judged = arguments.model or arguments.command == "show"             # by their length
+    return Examples(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
 
 
 def check(path, examples, split):
     """Print file:line: reason for all that is wrong with some data, and a summary. Returns whether all is right."""
-    problems, counts, pictures, parts = [], dict.fromkeys(("rows", "pages", "questions", "without an answer"), 0), set(), []
-    if Path(path).is_file():
-        parts = read_file(path)
-        problems = [problem for part in parts for problem in part.problems + part.remarks]
-        counts["rows"] = sum(part.entries for part in parts)
-        # the whole file is the look-ahead: an image is decoded once for all its rows
-        pages = itertools.chain(*(gather(part.rows, max(1, len(part.rows))) for part in parts))
-    else:
-        pages = gather(open_rows(path, split))
-    for example in load_examples(list(pages) if parts else pages, examples, workers=0):
-        page = example.page
+    parts = read_file(path) if Path(path).is_file() else []
+    # of a file the whole is the look-ahead: an image is decoded once for all its rows
+    pages = [gather(part.rows, len(part.rows)) for part in parts] or [gather(open_rows(path, split))]
+    problems = [problem for part in parts for problem in part.problems + part.remarks]
+    rows = sum(part.entries for part in parts)
+    counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
+    for page in itertools.chain(*pages):
+        rows += 0 if parts else page.rows
         counts["pages"] += 1
-        counts["rows"] += 0 if parts else page.rows
         counts["questions"] += len(page.questions)
         counts["without an answer"] += page.unanswered
         pictures.update(image for image in page.images if isinstance(image, str))
-        if example.problem:
-            problems += [(place if parts else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
-        elif example.too_long:
-            left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
-            problems += [(place, f"does not fit --max-length {examples.max_length}") for place in dict.fromkeys(left_out)]
-    def by_line(problem):
-        file, _, line = problem[0].rpartition(":")
-        return file, int(line) if line.isdigit() else 0
+        problems += problems_of(examples[page], examples.max_length, in_file=bool(parts))
     for place, reason in sorted(problems, key=by_line):
-        print(f"{place}: {' '.join(reason.split())}".encode("utf-8", "replace").decode())
-    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; "
+        print(plain(f"{place}: {' '.join(reason.split())}"))
+    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
           + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
     return not problems
+
+
+def problems_of(example, max_length, in_file):
+    """(place, reason) of all that keeps a page, or some of its questions, from being learned."""
+    page = example.page
+    if example.problem:
+        return [(place if in_file else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
+    left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
+    return [(place, f"does not fit --max-length {max_length}") for place in dict.fromkeys(left_out)]
+
+
+def by_line(problem):
+    file, _, line = problem[0].rpartition(":")
+    return file, int(line) if line.isdigit() else 0
 
 
 def main():
     arguments = parse_arguments()
     examples = make_examples(arguments)
     if arguments.command == "check":
-        right = [check(path, examples, arguments.split) for path in arguments.paths]
-        sys.exit(not all(right))
-    page = next(itertools.islice(gather(open_rows(arguments.path, arguments.split, hold_out=False)), arguments.number, None), None)
+        sys.exit(not all([check(path, examples, arguments.split) for path in arguments.paths]))
+    pages = gather(open_rows(arguments.path, arguments.split, hold_out=False))
+    page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
         raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
     example = examples[page]

@@ -11,11 +11,9 @@ Where a page comes in the order depends on the seed and the epoch alone, never o
 which row on the pages after it can be made again (`refill`), so going on in the middle reads no row before that one.
 """
 import hashlib
-import heapq
 import itertools
 import queue
 import random
-import re
 import signal
 import sys
 import threading
@@ -30,227 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 from model import InputError
 from model.errors import OneLineParser, run, whole_number
 from model.formats import read_file
-from model.network import Patience, fetch, is_trouble, retried
-from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, branches_prompt, special_id
+from model.network import fetch
+from model.prompt import INSTRUCTION, Prompt, branches_prompt
+from model.rows import count_rows, is_synthetic, named_parts, numbered, open_rows       # noqa: F401: for those who read rows
+from model.show import show_example
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
-SYNTHETIC = "synthetic"
-COLUMNS = ("image", "question", "answers")                              # what rows must have,
-PAGE_COLUMNS = ("docId", "ucsf_document_page_no")                       # and what tells their pages apart, if they have it
-NAME_COLUMNS = ("questionId", "question_types")                         # and what predictions and scores call them
-PATIENCE = 600                          # seconds without the network, in the middle of a run, before it gives up
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
 GROUPED = 50                            # micro-batches that are formed at a time when pages are grouped by their length
-HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is kept for validation, at least 1, at most 64
-
-
-# ------------------------------------------------------------------------------------------------------------------- rows
-
-def open_rows(data, split, seed=0, domains="plain", hold_out=True):
-    """The rows of a split, to be iterated as often as wanted: dicts, images not decoded.
-
-    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS or the mixture
-    file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), whose pages are drawn from `seed` and look
-    like `domains`. Several, comma-separated, are mixed; `=2` behind one says how often it comes in an epoch.
-    A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all of it.
-    Raises InputError where it cannot be reached or has no such split or columns, or has a malformed row.
-    """
-    parts = []
-    for name, weight in named_parts(data):
-        if not Path(name).is_file():
-            parts.append((open_hub_rows(name, split, seed, domains), name, weight))
-            continue
-        for part in read_file(name):
-            if part.problems:
-                more = f"; {len(part.problems)} in all, told by: python data.py check {name}" if len(part.problems) > 1 else ""
-                raise InputError(": ".join(part.problems[0]) + more)
-            rows, kept = part.rows, held_out(part.rows)
-            if hold_out:
-                rows = [row for row in rows if (row["key"] in kept) == (split == "validation")]
-            parts.append((rows, name, weight * part.weight))
-    if split == "validation" and not any(not isinstance(rows, list) or rows for rows, _, _ in parts):
-        raise InputError(f"{data}: too few pages to keep one for validation; name others with --eval-data, or switch it off with --eval-every 0")
-    if len(parts) == 1 and parts[0][2] == 1:
-        return parts[0][0]
-    return Mixture([(rows, len(rows) if isinstance(rows, list) else count_rows(name, split), weight if split == "train" else 1)
-                    for rows, name, weight in parts])
-
-
-def named_parts(data):
-    """'a.jsonl=2,owner/name' -> [('a.jsonl', 2.0), ('owner/name', 1.0)]."""
-    parts = []
-    for name in [data] if Path(data).exists() else data.split(","):
-        begin, _, weight = name.rpartition("=")
-        if Path(name).exists() or not begin:
-            parts.append((name, 1.0))
-        elif re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0:
-            parts.append((begin, float(weight)))
-        else:
-            raise InputError(f"{name}: {weight!r} is no weight; expected a number above 0 behind the =")
-    return parts
-
-
-class Mixture:
-    """Rows of several sources, each spread evenly over the epoch. `parts`: (rows, their number, how often they come).
-
-    A weight of 2.5 is twice all rows and once the first half of them.
-    """
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __len__(self):
-        return sum(int(count * weight + 1e-9) for _, count, weight in self.parts)
-
-    def __iter__(self):
-        def spread(number, rows, count, weight):
-            total = int(count * weight + 1e-9)
-            again = itertools.chain.from_iterable(itertools.repeat(rows))
-            for i, row in enumerate(itertools.islice(again, total)):
-                yield (i + 0.5) / total, row | {"part": (number, i // count)}      # repeated rows are not one page with themselves
-        streams = [spread(number, *part) for number, part in enumerate(self.parts)]
-        return (row for _, row in heapq.merge(*streams, key=lambda pair: pair[0]))
-
-
-def open_hub_rows(data, split, seed, domains):
-    """The rows of one data set in Hub layout, or of drawn pages. See `open_rows`."""
-    if is_synthetic(data):
-        from model.tiny.pages import SyntheticRows
-        return SyntheticRows(split, seed, domains, int(data.partition(":")[2] or 4))
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("reading rows needs the package datasets: pip install datasets") from error
-    name, config = hub_name(data)
-    try:
-        builder = retried(lambda: datasets.load_dataset_builder(name, config))
-        rows = retried(lambda: builder.as_streaming_dataset(split=split))
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
-    except Exception as error:                          # classes differ by release
-        if is_trouble(error):
-            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
-                             "--data") from error
-        if not isinstance(error, (ValueError, OSError)):
-            raise
-        hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
-        raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet{hint}") from error
-    columns = rows.column_names or []
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise InputError(f"{data}: no column {', '.join(missing)} (found: {', '.join(columns)}); expected DocumentVQA's columns")
-    if builder.name == "parquet":
-        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
-    return rows.cast_column("image", datasets.Image(decode=False))
-
-
-class ParquetRows:
-    """Rows of parquet files, local or on the Hub, from any row on: row groups before it are passed over unread.
-
-    Trouble with the network is told, waited out and tried again at the row where it came; raises InputError after PATIENCE.
-    """
-
-    def __init__(self, data, files):
-        self.data, self.files = data, files
-        self.sizes = {}                                         # file -> its rows, where known
-
-    def __iter__(self):
-        return (row for _, row in self.numbered())
-
-    def numbered(self, start=0):
-        """(number, row) of the rows from number `start` on."""
-        patience = Patience(PATIENCE)
-        while True:
-            try:
-                for number, row in self.read(start):
-                    patience.over()
-                    start = number + 1
-                    yield number, row
-                return
-            except Exception as error:                          # which classes come up from the network differs by release
-                if not is_trouble(error):
-                    raise
-                if not patience.wait(error):
-                    raise InputError(f"{self.data}: no answer from the network for {PATIENCE} seconds ({error}); "
-                                     "go on with --resume when it is back") from error
-
-    def read(self, start):
-        from pyarrow import ArrowException
-        first = 0                                               # number of the file's, then of the row group's first row
-        for file in self.files:
-            if first + self.sizes.get(file, start + 1) <= start:
-                first += self.sizes[file]
-                continue
-            try:
-                parquet = self.open(file)
-                for group in range(parquet.num_row_groups):
-                    size = parquet.metadata.row_group(group).num_rows
-                    if first + size > start:
-                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS])
-                        rows = (row for batch in batches for row in batch.to_pylist())
-                        yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
-                    first += size
-            except ArrowException as error:
-                raise InputError(f"{file}: not whole, or not parquet ({error}); mend it, or take it out of the data") from error
-
-    def open(self, file):
-        import fsspec
-        from pyarrow import parquet
-        opened = parquet.ParquetFile(fsspec.open(file).open())
-        missing = [column for column in COLUMNS if column not in opened.schema_arrow.names]
-        if missing:
-            raise InputError(f"{file}: no column {', '.join(missing)}; expected DocumentVQA's columns")
-        self.sizes[file] = opened.metadata.num_rows
-        return opened
-
-    def count(self):
-        """The number of rows, from the footers of the files."""
-        from pyarrow import ArrowException
-        try:
-            return sum(retried(lambda: self.open(file)).metadata.num_rows for file in self.files)
-        except Exception as error:                              # classes differ by release
-            if not isinstance(error, (ArrowException, OSError)) and not is_trouble(error):
-                raise
-            raise InputError(f"{self.data}: cannot read how many rows its files hold ({error}); mend them or "
-                             "say how long to train with --steps") from error
-
-
-def numbered(rows, start=0):
-    """(number, row) from row `start` on, of rows that know how to begin there or of any others."""
-    return rows.numbered(start) if hasattr(rows, "numbered") else itertools.islice(enumerate(rows), start, None)
-
-
-def is_synthetic(data):
-    return data in (SYNTHETIC, *(f"{SYNTHETIC}:{tiles}" for tiles in (1, 2, 4)))
-
-
-def hub_name(data):
-    """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
-    if Path(data).exists():
-        return data, None
-    name, _, config = data.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"{data}: not found; expected a local folder in Hub layout, a file, a Hub id like owner/name, or synthetic")
-    return name, config or None
-
-
-def count_rows(data, split, hold_out=True):
-    """The number of rows of a split; of parquet files from their footers, without reading the rows."""
-    if [part for part in named_parts(data) if part != (data, 1.0)] or Path(data).is_file():
-        return len(open_rows(data, split, hold_out=hold_out))
-    if is_synthetic(data):
-        raise InputError("synthetic pages have no end; say how long to train with --steps")
-    rows = open_rows(data, split)
-    if not isinstance(rows, ParquetRows):
-        raise InputError(f"{data}: cannot tell how many rows it has, which is no parquet; say how long to train with --steps")
-    return rows.count()
-
-
-def held_out(rows):
-    """The keys of the rows kept for validation, all rows of an image or none; drawn by a hash, so they stay when rows move."""
-    keys = sorted({row["key"] for row in rows})
-    return set(keys[:min(max(1, len(keys) // HELD_OUT), MOST_HELD_OUT, len(keys) - 1)])
 
 
 # ------------------------------------------------------------------------------------------------------------------ pages
@@ -258,8 +44,8 @@ def held_out(rows):
 @dataclass
 class Page:
     """One image, sometimes several or none, with all that is asked about it."""
-    name: str                                                   # document and page number or file and line, to be named in messages
-    images: list                                                # each as stored (PNG, JPEG, ...) or what `bytes()` makes one of, a path or an address
+    name: str                                                   # document and page number, or file and line
+    images: list                                                # each as `load_image` takes it
     questions: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)            # the one that is learned of each question,
     accepted: list[list[str]] = field(default_factory=list)     # and all that count as right
@@ -291,8 +77,8 @@ def gather(rows, look_ahead=512, refill=(0, 0), answered=True):
     held. A page spread wider, or with more questions than one row can hold, becomes several, marked as `split`.
 
     `refill` says where to begin: (pages before, row, *rows to pass over). A page's own is what yields it and all after it
-    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out if
-    they are to be `answered`.
+    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out
+    if they are to be `answered`.
 
     >>> [page.questions for page in gather([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
@@ -345,8 +131,8 @@ def page_key(row):
 
 def new_page(row, split=False):
     if "turns" in row:
-        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"], head=row["head"],
-                    max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
+        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"],
+                    head=row["head"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
     return Page("/".join(map(str, page_key(row)[1:])), [image_bytes(row)], split=split)
 
 
@@ -363,33 +149,36 @@ def image_bytes(row):
 
 
 def add_row(page, row, answered=True):
-    """Add a row's question, or its conversation, and its answers, the first to be learned as written, to its page."""
-    if "turns" in row:
-        several = len(row["turns"]) > 1
-        page.rows += 1
-        for number, (question, answer) in enumerate(row["turns"]):
-            name = row["place"] if row["questionId"] is None else row["questionId"]
-            add_question(page, question, answer, row["accepted"] or [answer], number > 0, f"{name}/{number + 1}" if several else name,
-                         row["question_types"], row["place"])
-        return
-    answers = [row["answers"]] if isinstance(row["answers"], str) else row["answers"] or []
-    answers = [answer for answer in answers if answer is not None]
+    """Add a row's question, or its conversation, to its page; the first of its answers is to be learned, as written."""
     page.rows += 1
-    if not isinstance(row["question"] or "", str) or not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; expected text and a list of texts")
-    has_answer = bool(row["question"] and answers and answers[0])
-    page.unanswered += not has_answer
-    if has_answer or not answered:
+    if "turns" in row:
+        return add_conversation(page, row)
+    question, answers = row["question"] or "", row["answers"] or []
+    answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer is not None]
+    if not isinstance(question, str) or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; "
+                         "expected text and a list of texts")
+    accepted = [plain(answer) for answer in answers] if question and answers and answers[0] else []
+    page.unanswered += not accepted
+    if accepted or not answered:
         name = f"{page.name}/{page.rows}" if row.get("questionId") is None else row["questionId"]
-        add_question(page, plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), plain(answers[0]) if has_answer else "",
-                     [plain(answer) for answer in answers] if has_answer else [], False, name, row.get("question_types"), name)
+        add_question(page, plain(question) + ("" if row.get("as_written") else INSTRUCTION), accepted[0] if accepted else "",
+                     accepted, name, row.get("question_types"), place=name)
 
 
-def add_question(page, question, answer, accepted, follows, name, types, place):
+def add_conversation(page, row):
+    several, name = len(row["turns"]) > 1, row["place"] if row["questionId"] is None else row["questionId"]
+    for number, (question, answer) in enumerate(row["turns"]):
+        add_question(page, question, answer, row["accepted"] or [answer], f"{name}/{number + 1}" if several else name,
+                     row["question_types"], row["place"], follows=number > 0)
+
+
+def add_question(page, question, answer, accepted, name, types, place, follows=False):
+    if follows:
+        page.follows.add(len(page.questions))
     page.questions.append(question)
     page.answers.append(answer)
     page.accepted.append(accepted)
-    page.follows |= {len(page.questions) - 1} if follows else set()
     page.ids.append(name)
     page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types or []])
     page.places.append(place)
@@ -416,7 +205,8 @@ def shuffled(pages, seed, buffer=SHUFFLE_PAGES):
 def grouped(pages, size, count, seed):
     """Yield pages such that each `count` that follow one another, a micro-batch, are of like `size(page)`.
 
-    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no size.
+    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no
+    size.
     """
     draw, pages = random.Random(seed), iter(pages)
     while window := sorted(itertools.islice(pages, GROUPED * count), key=lambda page: page and size(page) or 0):
@@ -434,9 +224,8 @@ class PageStream:
     """
 
     def __init__(self, rows, epochs=None, shuffle=True, seed=0, look_ahead=512, start=(0, 0, (0, 0)), group=None):
-        self.group = group
         self.rows, self.epochs, self.shuffle, self.seed = rows, epochs, shuffle, seed
-        self.look_ahead, self.start = look_ahead, start
+        self.look_ahead, self.start, self.group = look_ahead, start, group
 
     def __iter__(self):
         return ahead(self.pages(), depth=16)
@@ -538,7 +327,6 @@ class Examples(Dataset):
         if not page.questions:
             return Example(page, problem=f"none of its {page.rows} questions has an answer "
                                          "(DocumentVQA's test split has none: train on another split)")
-        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))       # tiles are shared among images
         tile_pixels, draw = self.config.vision.tile_pixels, random.Random(f"{page.name} {page.epoch}")
         try:
             images = [load_image(image, self.allow_private) for image in page.images]
@@ -546,7 +334,7 @@ class Examples(Dataset):
             return Example(page, problem=str(error))
         if page.augment:
             images = [compressed(image, draw.randint(75, 100)) for image in images]
-        tiles = [tile_page(image, most, tile_pixels, self.config.thumbnail) for image in images]
+        tiles = [tile_page(image, self.tiles_of_each(page), tile_pixels, self.config.thumbnail) for image in images]
         counts = [len(t) for t in tiles]
         prompt, left_out = self.write(page, counts)
         tiles = torch.from_numpy(np.concatenate([np.empty((0, 3, tile_pixels, tile_pixels), np.uint8), *tiles]))
@@ -556,6 +344,10 @@ class Examples(Dataset):
             example.problem = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
                                f"--max-length {self.max_length}; raise it or lower --max-tiles")
         return example
+
+    def tiles_of_each(self, page):
+        """The most tiles that each image of a page may be cut into: they share those of the page."""
+        return max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
 
     def write(self, page, tile_counts, asked=None):
         """The prompt of a page and the indices of the questions left out.
@@ -580,16 +372,16 @@ class Examples(Dataset):
 
     def size(self, page):
         """About how many tokens a page has, from the headers of its images, four bytes of text to a token."""
-        most = max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
-        tiles = 0
+        most, tiles = self.tiles_of_each(page), 0
         for image in page.images:
-            columns, rows = choose_grid(*size, most, self.config.vision.tile_pixels) if (size := image_size(image)) else (most, 1)
+            pixels = image_size(image)
+            columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
         return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
 
 
 def load_image(source, allow_private=False):
-    """A Pillow image from the bytes of a file (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
+    """A Pillow image from a file's bytes (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
     if not isinstance(source, str):
         return read_image(source)
     if source.startswith(("http://", "https://")):
@@ -617,16 +409,21 @@ def parse_arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser("check", help="validate whole files: file:line and the reason of all that is wrong")
     check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, which are learned")
+    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, "
+                                      "which are learned")
     show_parser.add_argument("path", metavar="PATH", help="as in check")
-    show_parser.add_argument("number", type=whole_number(0), metavar="N", help="which example, counted from 0: a page with all its questions")
+    show_parser.add_argument("number", type=whole_number(0), metavar="N",
+                             help="which example, counted from 0: a page with all its questions")
     show_parser.add_argument("--out", help="the picture's file (show-N.png)")
     for command in (check_parser, show_parser):
-        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights (the embedded one; "
-                             "check then judges no lengths)")
-        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
-        command.add_argument("--max-length", type=whole_number(1), default=8192, help="tokens of a question with its page (%(default)s)")
-        command.add_argument("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
+        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights "
+                             "(the embedded one; check then judges no lengths)")
+        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12,
+                             help="tiles a page may be cut into (%(default)s)")
+        command.add_argument("--max-length", type=whole_number(1), default=8192,
+                             help="tokens of a question with its page (%(default)s)")
+        command.add_argument("--allow-private", action="store_true",
+                             help="fetch images from addresses of a private network too")
         command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
     return parser.parse_args()
 
@@ -637,93 +434,53 @@ def make_examples(arguments):
     from model.config import Config
     folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
-    return Examples(model, arguments.max_tiles, arguments.max_length if arguments.model or arguments.command == "show" else None,
-                    arguments.allow_private)
+    judged = arguments.model or arguments.command == "show"             # by their length
+    return Examples(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
 
 
 def check(path, examples, split):
     """Print file:line: reason for all that is wrong with some data, and a summary. Returns whether all is right."""
-    problems, counts, pictures, parts = [], dict.fromkeys(("rows", "pages", "questions", "without an answer"), 0), set(), []
-    if Path(path).is_file():
-        parts = read_file(path)
-        problems = [problem for part in parts for problem in part.problems + part.remarks]
-        counts["rows"] = sum(part.entries for part in parts)
-        # the whole file is the look-ahead: an image is decoded once for all its rows
-        pages = itertools.chain(*(gather(part.rows, max(1, len(part.rows))) for part in parts))
-    else:
-        pages = gather(open_rows(path, split))
-    for example in load_examples(list(pages) if parts else pages, examples, workers=0):
-        page = example.page
+    parts = read_file(path) if Path(path).is_file() else []
+    # of a file the whole is the look-ahead: an image is decoded once for all its rows
+    pages = [gather(part.rows, len(part.rows)) for part in parts] or [gather(open_rows(path, split))]
+    problems = [problem for part in parts for problem in part.problems + part.remarks]
+    rows = sum(part.entries for part in parts)
+    counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
+    for page in itertools.chain(*pages):
+        rows += 0 if parts else page.rows
         counts["pages"] += 1
-        counts["rows"] += 0 if parts else page.rows
         counts["questions"] += len(page.questions)
         counts["without an answer"] += page.unanswered
         pictures.update(image for image in page.images if isinstance(image, str))
-        if example.problem:
-            problems += [(place if parts else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
-        elif example.too_long:
-            left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
-            problems += [(place, f"does not fit --max-length {examples.max_length}") for place in dict.fromkeys(left_out)]
-    def by_line(problem):
-        file, _, line = problem[0].rpartition(":")
-        return file, int(line) if line.isdigit() else 0
+        problems += problems_of(examples[page], examples.max_length, in_file=bool(parts))
     for place, reason in sorted(problems, key=by_line):
-        print(f"{place}: {' '.join(reason.split())}".encode("utf-8", "replace").decode())
-    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; "
+        print(plain(f"{place}: {' '.join(reason.split())}"))
+    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
           + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
     return not problems
 
 
-def show(example, tokenizer, file):
-    """Print what the model reads of an example, token by token; save the picture of its tiles."""
-    page, prompt = example.page, example.prompt
-    green, plain = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    image_id = special_id(tokenizer, IMAGE_TOKEN)
-    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
-    if len(example.tiles):
-        draw_tiles(example.tiles, example.tile_counts).save(file)
-        print(f"tiles: {file}, one line an image, the thumbnail last")
-    for branch in range(max(prompt.branches) + 1):
-        at = [i for i, b in enumerate(prompt.branches) if b == branch]
-        learned = sum(prompt.labels[i] >= 0 for i in at)
-        print(f"\nbranch {branch}{'' if branch else ' (what all questions share)'}: {len(at)} tokens from position {prompt.positions[at[0]]}, {learned} learned")
-        pieces = []
-        for (is_image, is_learned), run_of in itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0)):
-            ids = [prompt.ids[i] for i in run_of]
-            if is_image:
-                pieces.append(f"{IMAGE_TOKEN} x {len(ids)}")
-                continue
-            texts, waiting = [], []
-            for i, index in enumerate(ids, 1):
-                waiting.append(index)
-                text = tokenizer.decode(waiting)
-                if not text.endswith("\N{REPLACEMENT CHARACTER}") or i == len(ids):         # else half a character
-                    texts.append(text.replace("\n", "⏎"))
-                    waiting = []
-            pieces.append("|".join(texts) if not is_learned else green + "|".join(texts) + plain)
-        print("|".join(pieces))
-    print(f"\n{len(prompt.ids)} tokens, {prompt.ids.count(image_id)} of them from images, {example.answer_tokens} learned"
-          + (f"; {len(example.too_long)} questions left out, they do not fit" if example.too_long else ""))
+def problems_of(example, max_length, in_file):
+    """(place, reason) of all that keeps a page, or some of its questions, from being learned."""
+    page = example.page
+    if example.problem:
+        return [(place if in_file else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
+    left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
+    return [(place, f"does not fit --max-length {max_length}") for place in dict.fromkeys(left_out)]
 
 
-def draw_tiles(tiles, counts):
-    """uint8 tiles (n, 3, S, S) -> a picture of them, a row an image."""
-    from PIL import Image
-    size, gap = tiles.shape[-1], 8
-    sheet = Image.new("RGB", (max(counts) * (size + gap) - gap, len(counts) * (size + gap) - gap), "magenta")
-    for row, images in enumerate(tiles.split(counts)):
-        for column, tile in enumerate(images):
-            sheet.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (column * (size + gap), row * (size + gap)))
-    return sheet
+def by_line(problem):
+    file, _, line = problem[0].rpartition(":")
+    return file, int(line) if line.isdigit() else 0
 
 
 def main():
     arguments = parse_arguments()
     examples = make_examples(arguments)
     if arguments.command == "check":
-        right = [check(path, examples, arguments.split) for path in arguments.paths]
-        sys.exit(not all(right))
-    page = next(itertools.islice(gather(open_rows(arguments.path, arguments.split, hold_out=False)), arguments.number, None), None)
+        sys.exit(not all([check(path, examples, arguments.split) for path in arguments.paths]))
+    pages = gather(open_rows(arguments.path, arguments.split, hold_out=False))
+    page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
         raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
     example = examples[page]
@@ -731,7 +488,7 @@ def main():
         raise InputError(f"{page.name}: {example.problem}")
     if arguments.model is None:
         print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
-    show(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
+    show_example(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,15 +24,17 @@ PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
 def food_turns(entry):
     """A row of FoodieQA -> its turns: the right choice and the dish are the answer, as in its conversion for LLaVA."""
     try:
-        return [("user", entry["question"]), ("assistant", f"{entry['choices'][int(entry['answer'])]}，图中的菜是{entry['food_name']}")]
+        return [("user", entry["question"]),
+                ("assistant", f"{entry['choices'][int(entry['answer'])]}，图中的菜是{entry['food_name']}")]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{type(error).__name__}: {error}; expected FoodieQA's question, choices, answer (the index of one) and food_name") from error
+        raise InputError(f"{type(error).__name__}: {error}; expected FoodieQA's question, choices, answer (the index of one) "
+                         "and food_name") from error
 
 
 FORMATS = {                             # the key that a format is known by -> its turns
-    "conversations": lambda entry: spoken(entry["conversations"], "from", "value"),                     # InternVL, LLaVA, XComposer
-    "messages": lambda entry: spoken(entry["messages"], "role", "content"),                             # ms-swift, OpenAI
-    "query": lambda entry: [*([("system", entry["system"])] if entry.get("system") else []),            # ms-swift, older
+    "conversations": lambda entry: spoken(entry["conversations"], "from", "value"),             # InternVL, LLaVA, XComposer
+    "messages": lambda entry: spoken(entry["messages"], "role", "content"),                     # ms-swift, OpenAI
+    "query": lambda entry: [*([("system", entry["system"])] if entry.get("system") else []),    # ms-swift, older
                             *(spoken(entry["history"], None, None) if entry.get("history") else []),
                             ("user", entry["query"]), ("assistant", entry.get("response"))],
     "food_meta": food_turns,
@@ -50,7 +53,8 @@ def spoken(turns, who, what):
         elif isinstance(turn, list) and len(turn) == 2:
             said += zip(("user", "assistant"), turn)
         else:
-            raise InputError(f"turn {number} is {shown(turn)}; expected [question, answer]" + (f' or {{"{who}", "{what}"}}' if who else ""))
+            raise InputError(f"turn {number} is {shown(turn)}; expected [question, answer]"
+                             + (f' or {{"{who}", "{what}"}}' if who else ""))
     return said
 
 
@@ -72,8 +76,8 @@ def shown(value):
 def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
-    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `opening` and `head` as
-    in `branches_prompt`; what else scores and predictions need.
+    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `opening` and
+    `head` as in `branches_prompt`; what else scores and predictions need.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -81,7 +85,8 @@ def read_entry(entry):
         raise InputError(f"{shown(entry)}; expected an object")
     told_by = next((key for key in FORMATS if key in entry), None)
     if told_by is None:
-        raise InputError(f"none of the keys {', '.join(FORMATS)} (found: {', '.join(entry) or 'none'}); expected one of the formats in README.md")
+        raise InputError(f"none of the keys {', '.join(FORMATS)} (found: {', '.join(entry) or 'none'}); "
+                         "expected one of the formats in README.md")
     if entry.get("video") or entry.get("videos"):
         raise InputError("a video; only images are read")
     system, turns = take_turns(FORMATS[told_by](entry))
@@ -94,7 +99,8 @@ def read_entry(entry):
     images, turns = place_images(turns, listed, first=-1 if told_by in ("query", "messages") else 0)
     opening, head, rest = images_first(turns)
     return {"turns": rest, "images": images, "system": system, "opening": opening, "head": head,
-            "accepted": accepted_answers(entry) if told_by == "question" else None, "question_types": entry.get("question_types") or [],
+            "accepted": accepted_answers(entry) if told_by == "question" else None,
+            "question_types": entry.get("question_types") or [],
             "questionId": next((entry[key] for key in ("questionId", "question_id", "id") if entry.get(key) is not None), None),
             "key": hashlib.sha1(repr(images or turns).encode()).hexdigest()}
 
@@ -115,7 +121,8 @@ def take_turns(said):
         system, said = said[0][1], said[1:]
     for number, (speaker, text) in enumerate(said):
         if SPEAKERS[speaker] != ("user", "assistant")[number % 2]:
-            raise InputError(f"{speaker} speaks where {('a question', 'an answer')[number % 2]} is expected; questions and answers take turns")
+            raise InputError(f"{speaker} speaks where {('a question', 'an answer')[number % 2]} is expected; "
+                             "questions and answers take turns")
         if number % 2 and not text.strip():
             raise InputError("an empty answer: nothing could be learned from it")
     if not said or len(said) % 2:
@@ -173,25 +180,21 @@ def entries(text):
     if whole[:1] == "[" and (len(first) == len(whole) or not is_json(first)):
         yield from list_entries(text)
     elif whole[:1] == "{" and (first == "{" or not is_json(first) and is_json(whole)):
-        try:
-            yield 1, json.loads(whole)
-        except (ValueError, RecursionError) as error:
-            yield getattr(error, "lineno", 1), InputError(f"no JSON ({error})")
+        yield read_json(whole, 1)
     else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, InputError(f"no JSON ({error})")
+        yield from (read_json(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def read_json(text, line):
+    """(line, value) of a JSON text that begins on this line; the value is an InputError, with its own line, if it is none."""
+    try:
+        return line, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return line + getattr(error, "lineno", 1) - 1, InputError(f"no JSON ({error})")
 
 
 def is_json(text):
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return not isinstance(read_json(text, 1)[1], InputError)
 
 
 def list_entries(text):
@@ -240,23 +243,10 @@ def read_parts(path, changed, root=None, **more):
     """`changed`: its time, so that nothing stale is kept; `root`: folder of the images; `more`: settings of every row."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     found = list(entries(text))
-    part = Part(entries=len(found))
-    if len(found) == 1 and isinstance(found[0][1], dict) and any(
-            isinstance(value, dict) and "annotation" in value for value in found[0][1].values()):
-        parts = []
-        for name, source in found[0][1].items():
-            place = f"{path}:{text[:text.find(json.dumps(name, ensure_ascii=False))].count(chr(10)) + 1}"
-            try:
-                parts.append(read_source(path, name, source))
-            except InputError as error:
-                parts.append(Part(problems=[(place, str(error))]))
-                continue
-            if source.get("length", parts[-1].entries) != parts[-1].entries:
-                parts[-1].remarks.append((place, f"{name}: length is {shown(source['length'])}, but {source['annotation']} has "
-                                                 f"{parts[-1].entries} rows"))
-        return parts
-    lines = [line for line, _ in found]
-    for number, (line, value) in enumerate(found):
+    if len(found) == 1 and is_mixture(found[0][1]):
+        return read_mixture(path, text, found[0][1])
+    part, on_line = Part(entries=len(found)), Counter(line for line, _ in found)
+    for number, (line, value) in enumerate(found, 1):
         try:
             if isinstance(value, InputError):
                 raise value
@@ -264,11 +254,30 @@ def read_parts(path, changed, root=None, **more):
             row["images"] = tuple(locate(image, root or Path(path).parent) for image in row["images"])
             part.rows.append(row | more | {"place": f"{path}:{line}"})
         except InputError as error:
-            alone = line not in (lines[number - 1:number] + lines[number + 1:number + 2])
-            part.problems.append((f"{path}:{line}", str(error) if alone else f"entry {number + 1}: {error}"))
+            part.problems.append((f"{path}:{line}", str(error) if on_line[line] == 1 else f"entry {number}: {error}"))
     if not found:
         part.problems.append((f"{path}:1", "no rows; expected JSON lines, a JSON list or a mixture file"))
     return [part]
+
+
+def is_mixture(value):
+    return isinstance(value, dict) and any(isinstance(source, dict) and "annotation" in source for source in value.values())
+
+
+def read_mixture(path, text, sources):
+    """The parts of the mixture file `path`, whose text holds `sources`, by name."""
+    parts = []
+    for name, source in sources.items():
+        place = f"{path}:{text[:text.find(json.dumps(name, ensure_ascii=False))].count(chr(10)) + 1}"
+        try:
+            part = read_source(path, name, source)
+            if source.get("length", part.entries) != part.entries:
+                part.remarks.append((place, f"{name}: length is {shown(source['length'])}, but {source['annotation']} has "
+                                            f"{part.entries} rows"))
+        except InputError as error:
+            part = Part(problems=[(place, str(error))])
+        parts.append(part)
+    return parts
 
 
 def read_source(path, name, source):

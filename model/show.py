@@ -1,18 +1,80 @@
-"""What does the model see, and where does it look? Two pictures of a page, drawn with Pillow.
+"""What does the model see, and where does it look? Two pictures of a page, drawn with Pillow, and an example in print.
 
+`show_example`: what is learned of a page, token by token, with the tiles of its images.
 `draw_tiles`: the page as it is cut, its grid, its thumbnail and how many tokens they become.
 `draw_attention`: where the answer's tokens looked. Attention of every answer token to the image tokens, averaged over heads,
 layers and answer tokens. Source: the answer-to-token attention of "MLLMs Know Where to Look" (arXiv 2502.17422), section 3;
 it tells where the model looked, not why it answered what it did.
 """
+import itertools
+import sys
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from model.language import look_back, rotate, rotation
+from model.prompt import IMAGE_TOKEN, special_id
 
 EDGE, LINE = 24, (220, 30, 30)
+
+
+def show_example(example, tokenizer, file):
+    """Print what the model reads of an example (data.py's), branch by branch; save the picture of its tiles as `file`.
+
+    What is learned is green on a terminal, in [] elsewhere.
+    """
+    page, prompt = example.page, example.prompt
+    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
+    if len(example.tiles):
+        line_up(example.tiles, example.tile_counts).save(file)
+        print(f"tiles: {file}, one line an image, the thumbnail last")
+    for branch in range(max(prompt.branches) + 1):
+        at = [i for i, b in enumerate(prompt.branches) if b == branch]
+        learned = sum(prompt.labels[i] >= 0 for i in at)
+        print(f"\nbranch {branch}{'' if branch else ' (what all questions share)'}: "
+              f"{len(at)} tokens from position {prompt.positions[at[0]]}, {learned} learned")
+        print("|".join(runs_of_tokens(prompt, at, tokenizer)))
+    print(f"\n{len(prompt.ids)} tokens, {prompt.ids.count(special_id(tokenizer, IMAGE_TOKEN))} of them from images, "
+          f"{example.answer_tokens} learned"
+          + (f"; {len(example.too_long)} questions left out, they do not fit" if example.too_long else ""))
+
+
+def runs_of_tokens(prompt, at, tokenizer):
+    """The tokens at the places `at` of a prompt as text, a piece for each run of image tokens, of learned and of other ones."""
+    begin, end = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    image_id = special_id(tokenizer, IMAGE_TOKEN)
+    for (is_image, is_learned), run in itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0)):
+        ids = [prompt.ids[i] for i in run]
+        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else "|".join(texts_of_tokens(ids, tokenizer))
+        yield begin + text + end if is_learned else text
+
+
+def texts_of_tokens(ids, tokenizer):
+    """The text of each token; of those that hold a part of a character only, the text of them together."""
+    waiting = []
+    for i, index in enumerate(ids, 1):
+        waiting.append(index)
+        text = tokenizer.decode(waiting)
+        if i == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text.replace("\n", "⏎")
+            waiting = []
+
+
+def line_up(tiles, counts):
+    """uint8 tiles (n, 3, S, S) -> an RGB picture of them, a line an image, which has `counts` tiles."""
+    size, gap = tiles.shape[-1], 8
+    canvas = Image.new("RGB", (max(counts) * (size + gap) - gap, len(counts) * (size + gap) - gap), "magenta")
+    for row, of_image in enumerate(tiles.split(counts)):
+        for column, tile in enumerate(of_image):
+            canvas.paste(as_image(tile), (column * (size + gap), row * (size + gap)))
+    return canvas
+
+
+def as_image(tile):
+    """A uint8 tile (3, S, S), array or tensor, as a Pillow image."""
+    return Image.fromarray(np.asarray(rearrange(tile, "rgb h w -> h w rgb")))
 
 
 def draw_tiles(chat, picture):
@@ -27,7 +89,7 @@ def draw_tiles(chat, picture):
     for i, tile in enumerate(picture.tiles):
         column, row = (i % columns, i // columns) if i < count else (columns, 0)
         x, y = EDGE + column * cell, EDGE + row * cell
-        canvas.paste(Image.fromarray(rearrange(tile, "rgb h w -> h w rgb")), (x, y))
+        canvas.paste(as_image(tile), (x, y))
         draw.rectangle((x - 1, y - 1, x + size, y + size), outline=LINE)
         draw.text((x, y - 19), "thumbnail" if i >= count else str(i + 1), fill=LINE, font=font)
     text = (f"{columns} x {rows} tiles{' and a thumbnail' if thumbnail else ''}, "

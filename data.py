@@ -26,11 +26,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model import InputError
+from model.checkpoint import CONFIG, find, load_tokenizer
+from model.config import Config
 from model.errors import OneLineParser, run, whole_number
 from model.formats import read_file
 from model.network import fetch
 from model.prompt import INSTRUCTION, Prompt, branches_prompt
-from model.rows import count_rows, is_synthetic, named_parts, numbered, open_rows       # noqa: F401: for those who read rows
+from model.rows import count_rows, is_synthetic, named_parts, numbered, open_rows       # noqa: F401: also for those who train
 from model.show import show_example
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
@@ -52,7 +54,7 @@ class Page:
     follows: set[int] = field(default_factory=set)              # the questions that go on in the conversation of the one before
     ids: list = field(default_factory=list)                     # of the questions, in files of predictions
     types: list[list[str]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)             # file:line of the questions, if from a file
+    places: list[str] = field(default_factory=list)             # of the questions: file:line, or their ids if from no file
     rows: int = 0                                               # of the data set that this page came from,
     unanswered: int = 0                                         # of them without an answer
     split: bool = field(default=False, compare=False)           # a part of it came before, since reading (again) began
@@ -188,6 +190,8 @@ def plain(text):
     """Text as the tokenizer takes it: half a character, as JSON can hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
+
+# ------------------------------------------------------------------------------------------------------------------ order
 
 def shuffled(pages, seed, buffer=SHUFFLE_PAGES):
     """Yield pages in an order drawn from `seed`, each out of the next `buffer` ones."""
@@ -402,7 +406,7 @@ def load_examples(pages, examples, workers, pin_memory=False):
                       worker_init_fn=leave_signals_to_the_parent)
 
 
-# -------------------------------------------------------------------------------------------------------------- check, show
+# ------------------------------------------------------------------------------------------------------------ check, show
 
 def parse_arguments():
     parser = OneLineParser(description=__doc__)
@@ -430,8 +434,6 @@ def parse_arguments():
 
 def make_examples(arguments):
     """What turns pages into examples, with the configuration and the tokenizer of --model alone."""
-    from model.checkpoint import CONFIG, find, load_tokenizer
-    from model.config import Config
     folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length

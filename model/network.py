@@ -1,6 +1,6 @@
 """What happens when the network fails or lies? Trouble is told and tried again, for a stated time; fetching has limits.
 
-Used where files or rows come from the Hub (`retried`, `Patience`) and where infer.py is given an address (`fetch`).
+Used where files or rows come from the Hub (`retried`, `Patience`) and where an image is named by an address (`fetch`).
 """
 import http.client
 import ipaddress

@@ -104,7 +104,7 @@ class Mixture:
         return (row for _, row in heapq.merge(*streams, key=lambda pair: pair[0]))
 
 
-# ------------------------------------------------------------------------------------------------------------------ a file
+# ----------------------------------------------------------------------------------------------------------------- a file
 
 def open_file(path, split, hold_out):
     """(rows, how often they come in an epoch) of a file, or of each that a mixture file names. See `open_rows`."""

@@ -41,7 +41,7 @@ PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are draw
 # -------------------------------------------------------------------------------------------------------------- arguments
 
 def parse_arguments():
-    parser = OneLineParser(description=__doc__)
+    parser = OneLineParser(description=__doc__, usage="%(prog)s [FLAG ...] [QUESTION]")
     add_asked(parser.add_argument_group("what is asked"))
     add_many(parser.add_argument_group("many questions"))
     add_answer(parser.add_argument_group("how it is answered"))

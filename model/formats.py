@@ -3,7 +3,7 @@
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}
         ->  {"images": (".../a.png",), "turns": [("What?", "This.")], "place": ".../my.jsonl:1", ...}
 
-Plain text in, plain rows out: no image is opened here. FACTS: "Data formats".
+Plain text in, plain rows out: no image is opened here.
 """
 import functools
 import hashlib

@@ -51,3 +51,12 @@ def test_importing_prints_nothing_and_touches_no_file(tmp_path):
     done = subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""},
                           capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_function_fits_a_screen_and_a_line_the_page(path):
+    text = path.read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if len(line) > 128]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name

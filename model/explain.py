@@ -21,7 +21,7 @@ from model.show import attention, draw_attention, draw_tiles
 
 LIKELIEST = 5                           # tokens shown of each distribution
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
-h2 { margin: 2em 0 0 } img, svg { border: 1px solid #bbb; max-width: 100%; height: auto } code { background: #f2f2f2; padding: 0 .2em; overflow-wrap: anywhere }
+h2 { margin: 2em 0 0 } img, svg { border: 1px solid #bbb; max-width: 100%; height: auto } code { background: #f2f2f2; padding: 0 .2em; white-space: nowrap }
 .where { margin: 0; font-size: 14px; color: #555 } .tokens { border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }
 .token { display: inline-block; max-width: 100%; box-sizing: border-box; font: 13px/1.5 monospace; border: 1px solid #ccc; border-radius: 3px;
          padding: 0 3px; margin: 1px; white-space: pre-wrap; overflow-wrap: anywhere }
@@ -201,7 +201,7 @@ def see(run, drawn, max_tiles):
         f"<p>{config.shuffle} x {config.shuffle} neighbouring patches are put side by side, and the projector brings them to the width of the language model: "
         f"{shape(n, grid ** 2, config.vision.width)} &rarr; {shape(n, tokens, config.vision.width * config.shuffle ** 2)} &rarr; "
         f"{shape(n, tokens, config.language.width)}. Below, the {side} x {side} tokens of tile {run.tile + 1}. Their {config.language.width} numbers cannot be "
-        "seen, but their three strongest directions can, as red, green and blue: tokens of like colours are like to the language model.</p>",
+        "seen, but their three strongest directions can, as red, green and blue: alike in colour is alike to the language model.</p>",
         embedded(drawn["tokens"], f"tile {run.tile + 1}'s image tokens"))
 
 
@@ -213,7 +213,7 @@ def read(run):
         f"5. {len(prompt.ids):,} tokens in a row", "<code>model/prompt.py</code>; put together in <code>model/internvl.py</code>",
         f"<p>Text becomes tokens too: each has a number, its id, and a learned vector of {run.chat.model.config.language.width} numbers. The image tokens take "
         f"the places of the {html.escape(IMAGE_TOKEN)} ids: {shape(len(prompt.ids), run.chat.model.config.language.width)}. "
-        "Small: id, position. \u2423 is a space, \u23ce the end of a line; the long token is InternVL2's own opening sentence.</p>"
+        "Small, behind each: its id and its position. \u2423 is a space, \u23ce the end of a line; what the system says is InternVL2's own sentence, in Chinese.</p>"
         f"<p>The <span class='token prefix'>prefix</span> with the <span class='token image'>image tokens</span>, positions 0 to {start - 1:,}, is read once a page:</p>",
         f"<div class='tokens'>{token_row(run, 0, start)}</div>",
         f"<p>The question is a <span class='token branch'>branch</span>, positions {start:,} to {prompt.positions[-1]:,}. It sees the prefix and itself. "

@@ -107,7 +107,12 @@ def test_what_is_explained_is_what_the_chat_read(explained):
 def test_the_readmes_pictures_are_drawn_anew(tmp_path):
     """Sizes are exact. Pixels are not: Pillow's builds smooth text differently, and processors differ in a sum's last bits, which
     `byte()` can turn into a step of colour and a percentage's rounding into another digit."""
-    draw_explain.draw(tmp_path)
+    run = draw_explain.draw(tmp_path)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## One page, followed")[1].split("\n## ")[0]
+    start = run.prompt.branches.index(1)
+    for told in (run.chat.turns[0].answer, f"{len(run.picture.tiles)} tiles", f"tile {run.tile + 1} in", f"{len(run.picture.tiles) * 256} patches",
+                 f"{len(run.picture.tokens)} image tokens", f"{len(run.prompt.ids)} tokens in a row", f"0 to {start - 1}", f"{len(run.learned)} of the"):
+        assert told in section, told
     drawn = sorted(path.name for path in tmp_path.iterdir())
     assert drawn == sorted(path.name for path in (ROOT / "assets").glob("explain_*"))
     for name in drawn:

@@ -1,6 +1,6 @@
 """What happens to one page and one question, with the real numbers of this run, as a page to read in a browser.
 
-    page -> grid and thumbnail -> patches -> image tokens -> token ids and branches -> what is learned -> the answer, token by token
+    page -> grid and thumbnail -> patches -> image tokens -> token ids, branches -> what is learned -> its answer
 
 One self-contained HTML file: pictures are embedded, nothing is fetched. See `python infer.py --explain OUT.html`; the same
 pictures illustrate the README (tests/draw_explain.py).
@@ -20,13 +20,19 @@ from model.prompt import IMAGE_TOKEN, NOT_LEARNED, PLACEHOLDER, Prompt, branches
 from model.show import attention, draw_attention, draw_tiles
 
 LIKELIEST = 5                           # tokens shown of each distribution
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
-h2 { margin: 2em 0 0 } img, svg { border: 1px solid #bbb; max-width: 100%; height: auto } code { background: #f2f2f2; padding: 0 .2em; white-space: nowrap }
-.where { margin: 0; font-size: 14px; color: #555 } .tokens { border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }
-.token { display: inline-block; max-width: 100%; box-sizing: border-box; font: 13px/1.5 monospace; border: 1px solid #ccc; border-radius: 3px;
-         padding: 0 3px; margin: 1px; white-space: pre-wrap; overflow-wrap: anywhere }
-.prefix { background: #eef3fb } .image { background: #fdf1d6 } .branch { background: #f3f3f3 } .learned { background: #d5f0d5; border-color: #4a4 }
-small { color: #666 }"""
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+h2 { margin: 2em 0 0 }
+img, svg { border: 1px solid #bbb; max-width: 100%; height: auto }
+code { background: #f2f2f2; padding: 0 .2em; white-space: nowrap }
+small { color: #666 }
+.where { margin: 0; font-size: 14px; color: #555 }
+.tokens { border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }
+.token { display: inline-block; max-width: 100%; box-sizing: border-box; white-space: pre-wrap; overflow-wrap: anywhere;
+         font: 13px/1.5 monospace; border: 1px solid #ccc; border-radius: 3px; padding: 0 3px; margin: 1px }
+.prefix { background: #eef3fb } .image { background: #fdf1d6 } .branch { background: #f3f3f3 }
+.learned { background: #d5f0d5; border-color: #4a4 }
+"""
 
 
 @dataclass
@@ -54,8 +60,9 @@ def explain(model, image, question, max_tiles=12, max_new_tokens=64):
     run = follow(model, image, question, max_tiles, max_new_tokens)
     drawn = pictures(run)
     text = "".join([introduction(run, question), *see(run, drawn, max_tiles), *read(run), *answer(run, drawn)])
-    return (f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-            f"<title>{html.escape(question)}</title><style>{STYLE}</style>{text}</html>\n"), run.chat.turns[0].answer
+    head = f"""<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{html.escape(question)}</title><style>{STYLE}</style>"""
+    return f"<!DOCTYPE html><html lang='en'>{head}{text}</html>\n", run.chat.turns[0].answer
 
 
 @torch.no_grad()
@@ -65,7 +72,8 @@ def follow(model, image, question, max_tiles=12, max_new_tokens=64):
     chat.ask(question, image)
     [turn], [picture] = chat.turns, chat.pictures
     head, image_place, rest = turn.question.partition(PLACEHOLDER)
-    prompt, _ = branches_prompt(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]], head=head + image_place)
+    prompt, _ = branches_prompt(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
+                                head=head + image_place)
     batch = model.pack([(torch.as_tensor(picture.tiles), prompt)])
     batch.image_tokens = picture.tokens
     likely = model.language.head(model.read(batch, places=batch.answer_places)).float().softmax(-1).cpu()
@@ -81,7 +89,8 @@ def pictures(run):
     patches = ruled(Image.fromarray(rearrange(picture.tiles[run.tile], "rgb h w -> h w rgb")), grid, grid)
     seen = token_colours(picture.tokens[run.tile * tokens:(run.tile + 1) * tokens], grid // model.config.shuffle)
     return {"page": ruled(picture.image, *picture.grid), "tiles": draw_tiles(run.chat, picture), "patches": patches,
-            "tokens": seen.resize(patches.size, Image.Resampling.NEAREST), "looked": draw_attention(run.chat), "answer": draw_answer(run)}
+            "tokens": seen.resize(patches.size, Image.Resampling.NEAREST), "looked": draw_attention(run.chat),
+            "answer": draw_answer(run)}
 
 
 def ruled(image, columns, rows):
@@ -90,9 +99,11 @@ def ruled(image, columns, rows):
     image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, thick = ImageDraw.Draw(image), max(1, image.width // 500) if columns < 16 else 1
     for i in range(1, columns):
-        pen.line((i * image.width // columns, 0, i * image.width // columns, image.height), fill=(220, 40, 40), width=thick)
+        x = i * image.width // columns
+        pen.line((x, 0, x, image.height), fill=(220, 40, 40), width=thick)
     for i in range(1, rows):
-        pen.line((0, i * image.height // rows, image.width, i * image.height // rows), fill=(220, 40, 40), width=thick)
+        y = i * image.height // rows
+        pen.line((0, y, image.width, y), fill=(220, 40, 40), width=thick)
     return image
 
 
@@ -101,7 +112,7 @@ def token_colours(tokens, side):
     x = tokens.float().cpu() - tokens.float().cpu().mean(0)
     directions = torch.linalg.svd(x, full_matrices=False).Vh[:3]
     strongest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    x = x @ (directions * strongest.sign()).T               # a direction's sign is arbitrary: its largest entry is positive here
+    x = x @ (directions * strongest.sign()).T       # a direction's sign is arbitrary: its largest entry is positive here
     x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp_min(1e-9)
     return Image.fromarray((255 * x).byte().reshape(side, side, 3).numpy())
 
@@ -114,18 +125,20 @@ def draw_answer(run, width=420, line=18):
     ids, positions = run.prompt.ids, run.prompt.positions
     drawn, y = [], line
     for probability, place in zip(run.likely, run.learned):
-        drawn.append(f"<text x='8' y='{y}' fill='#666'>position {positions[place]:,}, behind {written(run, ids[place - 1])}</text>")
+        heading = f"position {positions[place]:,}, behind {written(run, ids[place - 1])}"
+        drawn.append(f"<text x='8' y='{y}' fill='#666'>{heading}</text>")
         best, likeliest = probability.topk(LIKELIEST)
         for p, token in zip(best.tolist(), likeliest.tolist()):
             y += line
             colour, weight = ("#4a4", "bold") if token == ids[place] else ("#9bb8d8", "normal")
-            drawn.append(f"<text x='112' y='{y}' text-anchor='end' font-weight='{weight}'>{written(run, token)}</text>"
+            text = written(run, token)
+            drawn.append(f"<text x='112' y='{y}' text-anchor='end' font-weight='{weight}'>{text}</text>"
                          f"<rect x='120' y='{y - 10}' width='{220 * p:.1f}' height='11' fill='{colour}'/>"
                          f"<text class='p' x='{width - 8}' y='{y}' text-anchor='end'>{percent(p)}</text>")
         y += 2 * line
     y -= line // 2 + line
-    return (f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{y}' viewBox='0 0 {width} {y}' font-family='monospace' font-size='13'>"
-            f"<rect width='{width}' height='{y}' fill='white'/>{''.join(drawn)}</svg>")
+    return (f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{y}' viewBox='0 0 {width} {y}' "
+            f"font-family='monospace' font-size='13'><rect width='{width}' height='{y}' fill='white'/>{''.join(drawn)}</svg>")
 
 
 def percent(p):
@@ -166,64 +179,62 @@ def count(number, thing):
 def introduction(run, question):
     model, picture = run.chat.model, run.picture
     config, n = model.config, len(picture.tiles)
-    return (
-        f"<h1>One page, followed</h1><p>A vision-language model reads a page as a row of <i>tokens</i>, vectors of one width, and writes its answer "
-        f"one token after another. This is what it did with one page and one question. Every number is of this run.</p>"
-        f"<p><b>{html.escape(question)}</b> &rarr; <b>{html.escape(run.chat.turns[0].answer)}</b></p>"
-        f"<p>page of {picture.image.width} x {picture.image.height} pixels &rarr; {count(n, 'tile')} &rarr; {n * config.vision.grid ** 2:,} patches &rarr; "
-        f"{n * config.tokens_per_tile:,} image tokens &rarr; {len(run.prompt.ids):,} tokens in a row &rarr; {count(len(run.learned), 'token')} of answer</p>"
-        f"<p>Model: {sum(p.numel() for p in model.parameters()):,} parameters, computing in {str(model.dtype).split('.')[-1]} on "
-        f"{model.device.type}.</p>")
+    return f"""<h1>One page, followed</h1>
+<p>A vision-language model reads a page as a row of <i>tokens</i>, vectors of one width, and writes its answer one token after
+another. This is what it did with one page and one question. Every number is of this run.</p>
+<p><b>{html.escape(question)}</b> &rarr; <b>{html.escape(run.chat.turns[0].answer)}</b></p>
+<p>page of {picture.image.width} x {picture.image.height} pixels &rarr; {count(n, "tile")} &rarr;
+{n * config.vision.grid ** 2:,} patches &rarr; {n * config.tokens_per_tile:,} image tokens &rarr;
+{len(run.prompt.ids):,} tokens in a row &rarr; {count(len(run.learned), "token")} of answer</p>
+<p>Model: {sum(p.numel() for p in model.parameters()):,} parameters, computing in {str(model.dtype).split(".")[-1]} on
+{model.device.type}.</p>"""
 
 
 def see(run, drawn, max_tiles):
     """From pixels to image tokens."""
     config, picture = run.chat.model.config, run.picture
     (columns, rows), (width, height), n = picture.grid, picture.image.size, len(picture.tiles)
-    size, grid, side, tokens = config.vision.tile_pixels, config.vision.grid, config.vision.grid // config.shuffle, config.tokens_per_tile
+    size, grid, tokens, number = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile, run.tile + 1
+    seen, side, patch = config.vision.width, grid // config.shuffle, config.vision.patch_pixels
     thumbnail = "; last comes the whole page once more, small, as a <i>thumbnail</i>" if n > columns * rows else ""
-    yield section(
-        "1. The page and its grid", "<code>model/tiling.py</code>, choose_grid",
-        f"<p>The vision encoder sees squares of {size} x {size} pixels only, so the page is cut. It is {width} x {height} pixels, width to height "
-        f"{width / height:.3f}. Of all grids with at most {count(max_tiles, 'cell')}, {columns} x {rows} ({columns / rows:.3f}) is nearest: the page is "
-        f"resized to {columns * size} x {rows * size}.</p>", embedded(drawn["page"], "the page with its grid"))
-    yield section(
-        f"2. {count(n, 'tile')}", "<code>model/tiling.py</code>, tile_page",
-        f"<p>The cells, row by row{thumbnail}. The page is now {shape(n, 3, size, size)}: tiles, colours, rows and columns of pixels, "
-        "each a byte.</p>", embedded(drawn["tiles"], "the tiles, numbered", 600))
-    yield section(
-        f"3. {grid ** 2:,} patches a tile", "<code>model/vision.py</code>",
-        f"<p>The vision encoder cuts a tile into {grid} x {grid} patches of {config.vision.patch_pixels} x {config.vision.patch_pixels} pixels, lets them "
-        f"look at each other and makes a vector of {config.vision.width} numbers of each: {shape(n, 3, size, size)} &rarr; {shape(n, grid ** 2, config.vision.width)}. "
-        f"Here is tile {run.tile + 1}, which the answer looked at most.</p>", embedded(drawn["patches"], f"tile {run.tile + 1} with its patches"))
-    yield section(
-        f"4. {tokens} image tokens a tile", "<code>model/projector.py</code>, the part that is trained",
-        f"<p>{config.shuffle} x {config.shuffle} neighbouring patches are put side by side, and the projector brings them to the width of the language model: "
-        f"{shape(n, grid ** 2, config.vision.width)} &rarr; {shape(n, tokens, config.vision.width * config.shuffle ** 2)} &rarr; "
-        f"{shape(n, tokens, config.language.width)}. Below, the {side} x {side} tokens of tile {run.tile + 1}. Their {config.language.width} numbers cannot be "
-        "seen, but their three strongest directions can, as red, green and blue: alike in colour is alike to the language model.</p>",
-        embedded(drawn["tokens"], f"tile {run.tile + 1}'s image tokens"))
+    yield section("1. The page and its grid", "<code>model/tiling.py</code>, choose_grid", f"""
+<p>The vision encoder sees squares of {size} x {size} pixels only, so the page is cut. It is {width} x {height} pixels, width to
+height {width / height:.3f}. Of all grids with at most {count(max_tiles, "cell")}, {columns} x {rows} ({columns / rows:.3f}) is
+nearest: the page is resized to {columns * size} x {rows * size}.</p>""", embedded(drawn["page"], "the page with its grid"))
+    yield section(f"2. {count(n, 'tile')}", "<code>model/tiling.py</code>, tile_page", f"""
+<p>The cells, row by row{thumbnail}. The page is now {shape(n, 3, size, size)}: tiles, colours, rows and columns of pixels, each
+a byte.</p>""", embedded(drawn["tiles"], "the tiles, numbered", 600))
+    yield section(f"3. {grid ** 2:,} patches a tile", "<code>model/vision.py</code>", f"""
+<p>The vision encoder cuts a tile into {grid} x {grid} patches of {patch} x {patch} pixels, lets them look at each other and
+makes a vector of {seen:,} numbers of each: {shape(n, 3, size, size)} &rarr; {shape(n, grid ** 2, seen)}. Here is tile {number}, which
+the answer looked at most.</p>""", embedded(drawn["patches"], f"tile {number} with its patches"))
+    yield section(f"4. {tokens} image tokens a tile", "<code>model/projector.py</code>, the part that is trained", f"""
+<p>{config.shuffle} x {config.shuffle} neighbouring patches are put side by side, and the projector brings them to the width of
+the language model: {shape(n, grid ** 2, seen)} &rarr; {shape(n, tokens, seen * config.shuffle ** 2)} &rarr;
+{shape(n, tokens, config.language.width)}. Below, the {side} x {side} tokens of tile {number}. Their {config.language.width}
+numbers cannot be seen, but their three strongest directions can, as red, green and blue: alike in colour is alike to the
+language model.</p>""", embedded(drawn["tokens"], f"tile {number}'s image tokens"))
 
 
 def read(run):
     """From image tokens to a row of tokens, and what of it is learned."""
-    prompt, start = run.prompt, run.prompt.branches.index(1)
+    prompt, start, width = run.prompt, run.prompt.branches.index(1), run.chat.model.config.language.width
     loss = -run.likely[range(len(run.learned)), [prompt.ids[i] for i in run.learned]].log().mean().item()
-    yield section(
-        f"5. {len(prompt.ids):,} tokens in a row", "<code>model/prompt.py</code>; put together in <code>model/internvl.py</code>",
-        f"<p>Text becomes tokens too: each has a number, its id, and a learned vector of {run.chat.model.config.language.width} numbers. The image tokens take "
-        f"the places of the {html.escape(IMAGE_TOKEN)} ids: {shape(len(prompt.ids), run.chat.model.config.language.width)}. "
-        "Small, behind each: its id and its position. \u2423 is a space, \u23ce the end of a line; what the system says is InternVL2's own sentence, in Chinese.</p>"
-        f"<p>The <span class='token prefix'>prefix</span> with the <span class='token image'>image tokens</span>, positions 0 to {start - 1:,}, is read once a page:</p>",
-        f"<div class='tokens'>{token_row(run, 0, start)}</div>",
-        f"<p>The question is a <span class='token branch'>branch</span>, positions {start:,} to {prompt.positions[-1]:,}. It sees the prefix and itself. "
-        f"A second question about this page would be a second branch and begin at position {start:,} too:</p>",
-        f"<div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>")
-    yield section(
-        "6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>",
-        f"<p>If this were a training example with this answer: the {len(run.learned)} <span class='token learned'>green</span> tokens above, the answer and the "
-        f"end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each green token is predicted from what stands before it; "
-        f"the loss is the mean of &minus;log(probability) over them, here {loss:.4f}.</p>")
+    yield section(f"5. {len(prompt.ids):,} tokens in a row",
+                  "<code>model/prompt.py</code>; put together in <code>model/internvl.py</code>", f"""
+<p>Text becomes tokens too: each has a number, its id, and a learned vector of {width} numbers. The image tokens take the places
+of the {html.escape(IMAGE_TOKEN)} ids: {shape(len(prompt.ids), width)}. Small, behind each: its id and its position. \u2423 is a
+space, \u23ce the end of a line; what the system says is InternVL2's own sentence, in Chinese.</p>
+<p>The <span class='token prefix'>prefix</span> with the <span class='token image'>image tokens</span>, positions 0 to
+{start - 1:,}, is read once a page:</p>
+<div class='tokens'>{token_row(run, 0, start)}</div>
+<p>The question is a <span class='token branch'>branch</span>, positions {start:,} to {prompt.positions[-1]:,}. It sees the
+prefix and itself. A second question about this page would be a second branch and begin at position {start:,} too:</p>
+<div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
+    yield section("6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
+<p>If this were a training example with this answer: the {len(run.learned)} <span class='token learned'>green</span> tokens
+above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each green token is
+predicted from what stands before it; the loss is the mean of &minus;log(probability) over them, here {loss:.4f}.</p>""")
 
 
 def token_row(run, start, stop):
@@ -232,7 +243,8 @@ def token_row(run, start, stop):
     for _, places in groupby(range(start, stop), lambda i: -1 if prompt.ids[i] == image_id else i):
         places = list(places)
         i, last = places[0], places[-1]
-        kind = "image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != NOT_LEARNED else "branch" if prompt.branches[i] else "prefix"
+        kind = ("image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != NOT_LEARNED
+                else "branch" if prompt.branches[i] else "prefix")
         text, where = written(run, prompt.ids[i], None), f"{prompt.positions[i]}"
         if last > i:
             text, where = f"{text} x {last - i + 1:,}", f"{where}-{prompt.positions[last]}"
@@ -242,20 +254,18 @@ def token_row(run, start, stop):
 
 def answer(run, drawn):
     """The answer, token by token, and where it looked."""
-    config, a, n = run.chat.model.config, len(run.learned), len(run.picture.tiles)
+    language, a, n = run.chat.model.config.language, len(run.learned), len(run.picture.tiles)
     names = [f"tile {i + 1}" for i in range(n)]
     if n > run.picture.grid[0] * run.picture.grid[1]:
         names[-1] = "thumbnail"
-    yield section(
-        "7. The answer, token by token", "<code>model/language.py</code>; chosen in <code>model/generate.py</code>",
-        f"<p>The language model makes a probability for each of its {config.language.vocabulary:,} tokens, at each of the {count(a, 'place')} where the answer "
-        f"is predicted: {shape(a, config.language.width)} &rarr; {shape(a, config.language.vocabulary)}. The {LIKELIEST} likeliest are shown, what the answer "
-        "has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn, or until the answer is as long as it may be.</p>",
-        drawn["answer"])
-    yield section(
-        "8. Where it looked", "<code>model/show.py</code>",
-        f"<p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this attention, the mean over heads, "
-        "layers and tokens of the answer, went to image tokens: "
-        + ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
-        + ". Red is where; the thumbnail is not drawn. It tells where the model looked, not why it answered what it did.</p>",
-        embedded(drawn["looked"], "the page, red where the answer looked"))
+    shares = ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
+    yield section("7. The answer, token by token", "<code>model/language.py</code>, <code>model/generate.py</code>", f"""
+<p>The language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the {count(a, "place")}
+where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} likeliest are shown,
+what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn, or until the
+answer is as long as it may be.</p>""", drawn["answer"])
+    yield section("8. Where it looked", "<code>model/show.py</code>", f"""
+<p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this
+attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is where; the thumbnail is
+not drawn. It tells where the model looked, not why it answered what it did.</p>""",
+                  embedded(drawn["looked"], "the page, red where the answer looked"))

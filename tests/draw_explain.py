@@ -2,7 +2,7 @@
 
     python tests/draw_explain.py
 
-One drawn page and question of the embedded model, on the CPU. `python tests/draw_explain.py OUT.html` writes the whole page of it too.
+One drawn page and question of the embedded model, on the CPU. With OUT.html behind it, it writes the whole HTML page too.
 """
 import random
 import sys

@@ -206,8 +206,9 @@ nearest: the page is resized to {columns * size} x {rows * size}.</p>""", embedd
 a byte.</p>""", embedded(drawn["tiles"], "the tiles, numbered", 600))
     yield section(f"3. {grid ** 2:,} patches a tile", "<code>model/vision.py</code>", f"""
 <p>The vision encoder cuts a tile into {grid} x {grid} patches of {patch} x {patch} pixels, lets them look at each other and
-makes a vector of {seen:,} numbers of each: {shape(n, 3, size, size)} &rarr; {shape(n, grid ** 2, seen)}. Here is tile {number}, which
-the answer looked at most.</p>""", embedded(drawn["patches"], f"tile {number} with its patches"))
+makes a vector of {seen:,} numbers of each: {shape(n, 3, size, size)} &rarr; {shape(n, grid ** 2, seen)}.
+Here is tile {number}, the cell of the grid that the answer looked at most.</p>""",
+                  embedded(drawn["patches"], f"tile {number} with its patches"))
     yield section(f"4. {tokens} image tokens a tile", "<code>model/projector.py</code>, the part that is trained", f"""
 <p>{config.shuffle} x {config.shuffle} neighbouring patches are put side by side, and the projector brings them to the width of
 the language model: {shape(n, grid ** 2, seen)} &rarr; {shape(n, tokens, seen * config.shuffle ** 2)} &rarr;
@@ -233,8 +234,9 @@ prefix and itself. A second question about this page would be a second branch an
 <div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
     yield section("6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
 <p>If this were a training example with this answer: the {len(run.learned)} <span class='token learned'>green</span> tokens
-above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each green token is
-predicted from what stands before it; the loss is the mean of &minus;log(probability) over them, here {loss:.4f}.</p>""")
+above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each
+green token is predicted from what stands before it; the loss is the mean of &minus;log(probability) over them,
+here {loss:.4f}.</p>""")
 
 
 def token_row(run, start, stop):
@@ -255,17 +257,17 @@ def token_row(run, start, stop):
 def answer(run, drawn):
     """The answer, token by token, and where it looked."""
     language, a, n = run.chat.model.config.language, len(run.learned), len(run.picture.tiles)
-    names = [f"tile {i + 1}" for i in range(n)]
+    names, undrawn = [f"tile {i + 1}" for i in range(n)], ""
     if n > run.picture.grid[0] * run.picture.grid[1]:
-        names[-1] = "thumbnail"
+        names[-1], undrawn = "thumbnail", "; the thumbnail is not drawn"
     shares = ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
     yield section("7. The answer, token by token", "<code>model/language.py</code>, <code>model/generate.py</code>", f"""
 <p>The language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the {count(a, "place")}
-where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} likeliest are shown,
-what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn, or until the
-answer is as long as it may be.</p>""", drawn["answer"])
+where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} likeliest are
+shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn,
+or until the answer is as long as it may be.</p>""", drawn["answer"])
     yield section("8. Where it looked", "<code>model/show.py</code>", f"""
 <p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this
-attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is where; the thumbnail is
-not drawn. It tells where the model looked, not why it answered what it did.</p>""",
+attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is
+where{undrawn}. It tells where the model looked, not why it answered what it did.</p>""",
                   embedded(drawn["looked"], "the page, red where the answer looked"))

@@ -1,138 +1,273 @@
 """What happens to one page and one question, with the real numbers of this run, as a page to read in a browser.
 
-    page -> grid and thumbnail -> patches -> image tokens -> token ids and branches -> what is learned -> the answer, token by token
+    page -> grid and thumbnail -> patches -> image tokens -> token ids, branches -> what is learned -> its answer
 
-One self-contained HTML file: pictures are embedded, nothing is fetched. See `python infer.py --explain OUT.html`.
+One self-contained HTML file: pictures are embedded, nothing is fetched. See `python infer.py --explain OUT.html`; the same
+pictures illustrate the README (tests/draw_explain.py).
 """
 import base64
 import html
 import io
+from dataclasses import dataclass
+from itertools import groupby
 
-import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 
-from model.generate import generate
-from model.prompt import IMAGE_TOKEN, NOT_LEARNED, page_prompt, special_id
-from model.tiling import choose_grid, tile_page
+from model.chat import Chat, Picture
+from model.prompt import IMAGE_TOKEN, NOT_LEARNED, PLACEHOLDER, Prompt, branches_prompt, special_id
+from model.show import attention, draw_attention, draw_tiles
 
 LIKELIEST = 5                           # tokens shown of each distribution
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
-h2 { margin-top: 2em } img { border: 1px solid #bbb; margin: 2px; max-width: 100% } code { background: #f2f2f2; padding: 0 .2em }
-.token { display: inline-block; font: 13px monospace; border: 1px solid #ccc; border-radius: 3px; padding: 0 3px; margin: 1px; white-space: pre }
-.prefix { background: #eef3fb } .image { background: #fdf1d6 } .branch { background: #f3f3f3 } .learned { background: #d5f0d5; border-color: #4a4 }
-small { color: #666 } table { border-collapse: collapse } td { padding: .1em .6em; font: 14px monospace; white-space: pre }
-.bar { background: #4a90d9; height: .8em; display: inline-block }"""
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
+h2 { margin: 2em 0 0 }
+img, svg { border: 1px solid #bbb; max-width: 100%; height: auto }
+code { background: #f2f2f2; padding: 0 .2em; white-space: nowrap }
+small { color: #666 }
+.where { margin: 0; font-size: 14px; color: #555 }
+.tokens { border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }
+.token { display: inline-block; max-width: 100%; box-sizing: border-box; white-space: pre-wrap; overflow-wrap: anywhere;
+         font: 13px/1.5 monospace; border: 1px solid #ccc; border-radius: 3px; padding: 0 3px; margin: 1px }
+.prefix { background: #eef3fb } .image { background: #fdf1d6 } .branch { background: #f3f3f3 }
+.learned { background: #d5f0d5; border-color: #4a4 }
+"""
+
+
+@dataclass
+class Followed:
+    """What one page and one question became on their way through the model."""
+    chat: Chat                          # that was asked
+    picture: Picture                    # the page: its tiles uint8 (n, 3, S, S), its image tokens (n * tokens, D)
+    prompt: Prompt                      # as a training example would be written, with the model's answer
+    likely: torch.Tensor                # float32 (A, V), on the CPU: the probabilities that chose each token of the answer
+    looked: torch.Tensor                # float32 (n,): the share of its attention that the answer gave to each tile
+
+    @property
+    def tile(self):
+        """The tile, the thumbnail left out, that the answer looked at most."""
+        return int(self.looked[:self.picture.grid[0] * self.picture.grid[1]].argmax())
+
+    @property
+    def learned(self):
+        """Places in the prompt of the answer and the end of its turn."""
+        return [i for i, label in enumerate(self.prompt.labels) if label != NOT_LEARNED]
 
 
 def explain(model, image, question, max_tiles=12, max_new_tokens=64):
-    """A Pillow image and a question about it -> (HTML text, the greedy answer)."""
-    config, size = model.config, model.config.vision.tile_pixels
-    columns, rows = choose_grid(*image.size, max_tiles, size)
-    tiles = torch.from_numpy(tile_page(image, max_tiles, size, config.thumbnail))
-    tokens = decode_greedily(model, tiles, question, max_new_tokens)
-    answer = model.tokenizer.decode(tokens, skip_special_tokens=True)
-    prompt, _ = page_prompt(model.tokenizer, config.tokens_per_tile, [len(tiles)], [question], [answer])
-    with torch.no_grad():
-        batch = model.pack([(tiles, prompt)])
-        batch.image_tokens = model.see(batch.tiles)
-        likely = model.language.head(model.read(batch, places=batch.answer_places)).float().softmax(-1)      # (A, V)
-    grid, side = config.vision.grid, config.vision.grid // config.shuffle
-    width, height = image.size
-    parts = [
-        f"<h1>One page, one question</h1><p><b>{html.escape(question)}</b> &rarr; <b>{html.escape(answer)}</b></p>"
-        f"<p>Model: {sum(p.numel() for p in model.parameters()):,} parameters, computing in {str(model.dtype).split('.')[-1]} on {model.device.type}.</p>",
-        f"<h2>1. The page and its grid</h2><p>{width} x {height} pixels, width to height {width / height:.3f}. Of all grids with at most "
-        f"{max_tiles} cells, {columns} x {rows} ({columns / rows:.3f}) is nearest, so the page is resized to {columns * size} x "
-        f"{rows * size} and cut.</p>" + picture(ruled(image, columns, rows), "the page with its grid"),
-        f"<h2>2. {count(len(tiles), 'tile')} of {size} x {size}</h2><p>Row by row" + (", the whole page as a thumbnail last" if len(tiles) > columns * rows else "")
-        + f": uint8 ({len(tiles)}, 3, {size}, {size}).</p>" + "".join(picture(tile_image(tile), f"tile {i}", 140) for i, tile in enumerate(tiles)),
-        f"<h2>3. {grid ** 2:,} patches a tile</h2><p>Squares of {config.vision.patch_pixels} pixels. The vision encoder makes a vector of "
-        f"{config.vision.width} of each: ({len(tiles)}, {grid ** 2}, {config.vision.width}).</p>"
-        + picture(ruled(tile_image(tiles[0]), grid, grid), "the first tile with its patches", 420),
-        f"<h2>4. {config.tokens_per_tile} image tokens a tile</h2><p>Four neighbouring patches become one token and the projector brings it to the "
-        f"decoder's width: ({len(tiles)}, {config.tokens_per_tile}, {config.language.width}). Here the first tile's {side} x {side} tokens, coloured by their "
-        "three strongest directions: alike means alike to the decoder.</p>"
-        + picture(token_colours(batch.image_tokens[:config.tokens_per_tile], side), "the first tile's image tokens", 420),
-        f"<h2>5. {len(prompt.ids):,} tokens in a row</h2><p>The <span class='token prefix'>prefix</span> holds the system turn and the "
-        "<span class='token image'>image tokens</span>; the question is a <span class='token branch'>branch</span> behind it. Other questions about this page "
-        "would be further branches, at the same positions. Small: token id, position.</p>" + token_row(model, prompt),
-        f"<h2>6. What would be learned</h2><p>If this were a training example with this answer: the {sum(l != NOT_LEARNED for l in prompt.labels)} "
-        "<span class='token learned'>green</span> tokens above, the answer and the end of the turn, and nothing else. Each is predicted from "
-        "the one before it.</p>",
-        f"<h2>7. The answer, token by token</h2><p>The {LIKELIEST} likeliest tokens at each place; greedy decoding takes the first.</p>"
-        + distributions(model, likely, batch.targets)]
-    return (f"<!DOCTYPE html><html lang='en'><meta charset='utf-8'><title>{html.escape(question)}</title><style>{STYLE}</style>"
-            + "".join(parts) + "</html>\n"), answer
+    """A Pillow image and a question about it -> (HTML text, the greedy answer). Raises InputError as `Chat.stream` does."""
+    run = follow(model, image, question, max_tiles, max_new_tokens)
+    drawn = pictures(run)
+    text = "".join([introduction(run, question), *see(run, drawn, max_tiles), *read(run), *answer(run, drawn)])
+    head = f"""<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{html.escape(question)}</title><style>{STYLE}</style>"""
+    return f"<!DOCTYPE html><html lang='en'>{head}{text}</html>\n", run.chat.turns[0].answer
 
 
-def decode_greedily(model, tiles, question, most):
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
-    return [step[0] for step in generate(model, [(tiles, prompt)], most)]
+@torch.no_grad()
+def follow(model, image, question, max_tiles=12, max_new_tokens=64):
+    """Ask, then read the question once more with its answer, as in training."""
+    chat = model.chat(max_tiles=max_tiles, max_new_tokens=max_new_tokens)
+    chat.ask(question, image)
+    [turn], [picture] = chat.turns, chat.pictures
+    head, image_place, rest = turn.question.partition(PLACEHOLDER)
+    prompt, _ = branches_prompt(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
+                                head=head + image_place)
+    batch = model.pack([(torch.as_tensor(picture.tiles), prompt)])
+    batch.image_tokens = picture.tokens
+    likely = model.language.head(model.read(batch, places=batch.answer_places)).float().softmax(-1).cpu()
+    return Followed(chat, picture, prompt, likely, attention(chat).reshape(len(picture.tiles), -1).sum(1))
 
 
-def count(number, thing):
-    return f"{number} {thing}" + ("" if number == 1 else "s")
+# ------------------------------------------------------------------------------------------------------ the pictures
 
-
-def picture(image, name, width=600):
-    """An <img> that holds its own PNG, shrunk to `width` if it is wider, enlarged without smoothing if it is much smaller."""
-    if image.width > width:
-        image = image.resize((width, max(1, round(width * image.height / image.width))))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    shown = max(image.width, min(width, 4 * image.width))
-    return f"<img alt='{name}' width='{shown}' style='image-rendering: pixelated' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
-
-
-def tile_image(tile):
-    return Image.fromarray(rearrange(tile.numpy(), "rgb h w -> h w rgb"))
+def pictures(run):
+    """name -> Pillow image or, of the answer, the text of an SVG file."""
+    model, picture = run.chat.model, run.picture
+    grid, tokens = model.config.vision.grid, model.config.tokens_per_tile
+    patches = ruled(Image.fromarray(rearrange(picture.tiles[run.tile], "rgb h w -> h w rgb")), grid, grid)
+    seen = token_colours(picture.tokens[run.tile * tokens:(run.tile + 1) * tokens], grid // model.config.shuffle)
+    return {"page": ruled(picture.image, *picture.grid), "tiles": draw_tiles(run.chat, picture), "patches": patches,
+            "tokens": seen.resize(patches.size, Image.Resampling.NEAREST), "looked": draw_attention(run.chat),
+            "answer": draw_answer(run)}
 
 
 def ruled(image, columns, rows):
     """The image with the lines of a grid."""
     scale = max(1, 420 // min(image.size))
     image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen, thick = ImageDraw.Draw(image), max(1, image.width // 500) if columns < 20 else 1
+    pen, thick = ImageDraw.Draw(image), max(1, image.width // 500) if columns < 16 else 1
     for i in range(1, columns):
-        pen.line((i * image.width // columns, 0, i * image.width // columns, image.height), fill=(220, 40, 40), width=thick)
+        x = i * image.width // columns
+        pen.line((x, 0, x, image.height), fill=(220, 40, 40), width=thick)
     for i in range(1, rows):
-        pen.line((0, i * image.height // rows, image.width, i * image.height // rows), fill=(220, 40, 40), width=thick)
+        y = i * image.height // rows
+        pen.line((0, y, image.width, y), fill=(220, 40, 40), width=thick)
     return image
 
 
 def token_colours(tokens, side):
     """Image tokens (side * side, D) as pixels: their three strongest principal directions as red, green and blue."""
     x = tokens.float().cpu() - tokens.float().cpu().mean(0)
-    x = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
+    directions = torch.linalg.svd(x, full_matrices=False).Vh[:3]
+    strongest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    x = x @ (directions * strongest.sign()).T       # a direction's sign is arbitrary: its largest entry is positive here
     x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp_min(1e-9)
-    return Image.fromarray((255 * x).byte().reshape(side, side, 3).numpy().astype(np.uint8)).resize((side * 16, side * 16), Image.Resampling.NEAREST)
+    return Image.fromarray((255 * x).byte().reshape(side, side, 3).numpy())
 
 
-def token_row(model, prompt):
-    """The prompt's tokens in their colours; a run of image tokens is told by its length."""
-    image_id, shown, i = special_id(model.tokenizer, IMAGE_TOKEN), [], 0
-    while i < len(prompt.ids):
-        stop = i + 1
-        while prompt.ids[i] == image_id and stop < len(prompt.ids) and prompt.ids[stop] == image_id:
-            stop += 1
-        kind = ("image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != NOT_LEARNED else "branch" if prompt.branches[i] else "prefix")
-        text, where = model.tokenizer.decode([prompt.ids[i]]), str(prompt.positions[i])
-        if stop > i + 1:
-            text, where = f"{text} x {stop - i:,}", f"{where}-{prompt.positions[stop - 1]}"
-        shown.append(f"<span class='token {kind}'>{html.escape(text).replace(chr(10), '&#9166;')} <small>{prompt.ids[i]}, {where}</small></span>")
-        i = stop
+def draw_answer(run, width=420, line=18):
+    """The likeliest tokens at each place of the answer, with their probabilities as bars: the text of an SVG file.
+
+    Text, not pixels: tokens may be of any script, and a telephone shows it as sharp as a screen.
+    """
+    ids, positions = run.prompt.ids, run.prompt.positions
+    drawn, y = [], line
+    for probability, place in zip(run.likely, run.learned):
+        heading = f"position {positions[place]:,}, behind {written(run, ids[place - 1])}"
+        drawn.append(f"<text x='8' y='{y}' fill='#666'>{heading}</text>")
+        best, likeliest = probability.topk(LIKELIEST)
+        for p, token in zip(best.tolist(), likeliest.tolist()):
+            y += line
+            colour, weight = ("#4a4", "bold") if token == ids[place] else ("#9bb8d8", "normal")
+            text = written(run, token)
+            drawn.append(f"<text x='112' y='{y}' text-anchor='end' font-weight='{weight}'>{text}</text>"
+                         f"<rect x='120' y='{y - 10}' width='{220 * p:.1f}' height='11' fill='{colour}'/>"
+                         f"<text class='p' x='{width - 8}' y='{y}' text-anchor='end'>{percent(p)}</text>")
+        y += 2 * line
+    y -= line // 2 + line
+    return (f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{y}' viewBox='0 0 {width} {y}' "
+            f"font-family='monospace' font-size='13'><rect width='{width}' height='{y}' fill='white'/>{''.join(drawn)}</svg>")
+
+
+def percent(p):
+    """A probability as text that never rounds to nothing, nor to certainty."""
+    return "&lt; 0.1 %" if p < 0.0005 else "&gt; 99.9 %" if p >= 0.9995 else f"{100 * p:.1f} %"
+
+
+def written(run, token, most=12):
+    """A token as text to be seen, for HTML: a line's end and a space have a sign."""
+    text = run.chat.model.tokenizer.decode([token]).replace("\n", "\u23ce").replace(" ", "\u2423")
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return html.escape(text if most is None or len(text) <= most else text[:most - 1] + "\u2026")
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+def section(title, files, *text):
+    return f"<h2>{title}</h2><p class='where'>{files}</p>" + "".join(text)
+
+
+def shape(*sizes):
+    return "<code>(" + ", ".join(map(str, sizes)) + ")</code>"
+
+
+def embedded(image, name, width=420):
+    """An <img> that holds its own PNG, shrunk to twice `width` if it is wider, shown at most `width` wide."""
+    if image.width > 2 * width:
+        image = image.resize((2 * width, max(1, round(2 * width * image.height / image.width))))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"<img alt='{name}' width='{width}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+
+
+def count(number, thing):
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def introduction(run, question):
+    model, picture = run.chat.model, run.picture
+    config, n = model.config, len(picture.tiles)
+    return f"""<h1>One page, followed</h1>
+<p>A vision-language model reads a page as a row of <i>tokens</i>, vectors of one width, and writes its answer one token after
+another. This is what it did with one page and one question. Every number is of this run.</p>
+<p><b>{html.escape(question)}</b> &rarr; <b>{html.escape(run.chat.turns[0].answer)}</b></p>
+<p>page of {picture.image.width} x {picture.image.height} pixels &rarr; {count(n, "tile")} &rarr;
+{n * config.vision.grid ** 2:,} patches &rarr; {n * config.tokens_per_tile:,} image tokens &rarr;
+{len(run.prompt.ids):,} tokens in a row &rarr; {count(len(run.learned), "token")} of answer</p>
+<p>Model: {sum(p.numel() for p in model.parameters()):,} parameters, computing in {str(model.dtype).split(".")[-1]} on
+{model.device.type}.</p>"""
+
+
+def see(run, drawn, max_tiles):
+    """From pixels to image tokens."""
+    config, picture = run.chat.model.config, run.picture
+    (columns, rows), (width, height), n = picture.grid, picture.image.size, len(picture.tiles)
+    size, grid, tokens, number = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile, run.tile + 1
+    seen, side, patch = config.vision.width, grid // config.shuffle, config.vision.patch_pixels
+    thumbnail = "; last comes the whole page once more, small, as a <i>thumbnail</i>" if n > columns * rows else ""
+    yield section("1. The page and its grid", "<code>model/tiling.py</code>, choose_grid", f"""
+<p>The vision encoder sees squares of {size} x {size} pixels only, so the page is cut. It is {width} x {height} pixels, width to
+height {width / height:.3f}. Of all grids with at most {count(max_tiles, "cell")}, {columns} x {rows} ({columns / rows:.3f}) is
+nearest: the page is resized to {columns * size} x {rows * size}.</p>""", embedded(drawn["page"], "the page with its grid"))
+    yield section(f"2. {count(n, 'tile')}", "<code>model/tiling.py</code>, tile_page", f"""
+<p>The cells, row by row{thumbnail}. The page is now {shape(n, 3, size, size)}: tiles, colours, rows and columns of pixels, each
+a byte.</p>""", embedded(drawn["tiles"], "the tiles, numbered", 600))
+    yield section(f"3. {grid ** 2:,} patches a tile", "<code>model/vision.py</code>", f"""
+<p>The vision encoder cuts a tile into {grid} x {grid} patches of {patch} x {patch} pixels, lets them look at each other and
+makes a vector of {seen:,} numbers of each: {shape(n, 3, size, size)} &rarr; {shape(n, grid ** 2, seen)}.
+Here is tile {number}, the cell of the grid that the answer looked at most.</p>""",
+                  embedded(drawn["patches"], f"tile {number} with its patches"))
+    yield section(f"4. {tokens} image tokens a tile", "<code>model/projector.py</code>, the part that is trained", f"""
+<p>{config.shuffle} x {config.shuffle} neighbouring patches are put side by side, and the projector brings them to the width of
+the language model: {shape(n, grid ** 2, seen)} &rarr; {shape(n, tokens, seen * config.shuffle ** 2)} &rarr;
+{shape(n, tokens, config.language.width)}. Below, the {side} x {side} tokens of tile {number}. Their {config.language.width}
+numbers cannot be seen, but their three strongest directions can, as red, green and blue: alike in colour is alike to the
+language model.</p>""", embedded(drawn["tokens"], f"tile {number}'s image tokens"))
+
+
+def read(run):
+    """From image tokens to a row of tokens, and what of it is learned."""
+    prompt, start, width = run.prompt, run.prompt.branches.index(1), run.chat.model.config.language.width
+    loss = -run.likely[range(len(run.learned)), [prompt.ids[i] for i in run.learned]].log().mean().item()
+    yield section(f"5. {len(prompt.ids):,} tokens in a row",
+                  "<code>model/prompt.py</code>; put together in <code>model/internvl.py</code>", f"""
+<p>Text becomes tokens too: each has a number, its id, and a learned vector of {width} numbers. The image tokens take the places
+of the {html.escape(IMAGE_TOKEN)} ids: {shape(len(prompt.ids), width)}. Small, behind each: its id and its position. \u2423 is a
+space, \u23ce the end of a line; what the system says is InternVL2's own sentence, in Chinese.</p>
+<p>The <span class='token prefix'>prefix</span> with the <span class='token image'>image tokens</span>, positions 0 to
+{start - 1:,}, is read once a page:</p>
+<div class='tokens'>{token_row(run, 0, start)}</div>
+<p>The question is a <span class='token branch'>branch</span>, positions {start:,} to {prompt.positions[-1]:,}. It sees the
+prefix and itself. A second question about this page would be a second branch and begin at position {start:,} too:</p>
+<div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
+    yield section("6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
+<p>If this were a training example with this answer: the {len(run.learned)} <span class='token learned'>green</span> tokens
+above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each
+green token is predicted from what stands before it; the loss is the mean of &minus;log(probability) over them,
+here {loss:.4f}.</p>""")
+
+
+def token_row(run, start, stop):
+    """Some of the prompt's tokens in their colours; a run of image tokens is told by its length."""
+    prompt, image_id, shown = run.prompt, special_id(run.chat.model.tokenizer, IMAGE_TOKEN), []
+    for _, places in groupby(range(start, stop), lambda i: -1 if prompt.ids[i] == image_id else i):
+        places = list(places)
+        i, last = places[0], places[-1]
+        kind = ("image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != NOT_LEARNED
+                else "branch" if prompt.branches[i] else "prefix")
+        text, where = written(run, prompt.ids[i], None), f"{prompt.positions[i]}"
+        if last > i:
+            text, where = f"{text} x {last - i + 1:,}", f"{where}-{prompt.positions[last]}"
+        shown.append(f"<span class='token {kind}'>{text} <small>{prompt.ids[i]}, {where}</small></span>")
     return "".join(shown)
 
 
-def distributions(model, likely, targets):
-    rows = []
-    for probability, target in zip(likely, targets.tolist()):
-        best, ids = probability.topk(LIKELIEST)
-        for place, (p, token) in enumerate(zip(best.tolist(), ids.tolist())):
-            text = html.escape(model.tokenizer.decode([token])).replace("\n", "&#9166;")
-            text = f"<b>{text}</b>" if token == target else text
-            rows.append(f"<tr><td>{text}</td><td>{100 * p:5.1f} %</td><td><span class='bar' style='width:{200 * p:.0f}px'></span></td></tr>")
-        rows.append("<tr><td colspan='3'>&nbsp;</td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+def answer(run, drawn):
+    """The answer, token by token, and where it looked."""
+    language, a, n = run.chat.model.config.language, len(run.learned), len(run.picture.tiles)
+    names, undrawn = [f"tile {i + 1}" for i in range(n)], ""
+    if n > run.picture.grid[0] * run.picture.grid[1]:
+        names[-1], undrawn = "thumbnail", "; the thumbnail is not drawn"
+    shares = ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
+    yield section("7. The answer, token by token", "<code>model/language.py</code>, <code>model/generate.py</code>", f"""
+<p>The language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the {count(a, "place")}
+where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} likeliest are
+shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn,
+or until the answer is as long as it may be.</p>""", drawn["answer"])
+    yield section("8. Where it looked", "<code>model/show.py</code>", f"""
+<p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this
+attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is
+where{undrawn}. It tells where the model looked, not why it answered what it did.</p>""",
+                  embedded(drawn["looked"], "the page, red where the answer looked"))

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from model.language import look_back, rotate, rotation
 from model.prompt import IMAGE_TOKEN, special_id
 
-EDGE, LINE = 24, (220, 30, 30)
+EDGE, LINE = 24, (220, 30, 30)           # EDGE: pixels around a tile of 128, more around larger ones
 
 
 def show_example(example, tokenizer, file):
@@ -83,18 +83,20 @@ def draw_tiles(chat, picture):
     columns, rows = picture.grid
     count = columns * rows
     thumbnail = len(picture.tiles) > count
-    cell = size + EDGE
-    canvas = Image.new("RGB", ((columns + thumbnail) * cell + EDGE, rows * cell + 2 * EDGE), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    scale = max(1, size // 128)
+    edge = EDGE * scale
+    cell = size + edge
+    canvas = Image.new("RGB", ((columns + thumbnail) * cell + edge, rows * cell + 2 * edge), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14 * scale)
     for i, tile in enumerate(picture.tiles):
         column, row = (i % columns, i // columns) if i < count else (columns, 0)
-        x, y = EDGE + column * cell, EDGE + row * cell
+        x, y = edge + column * cell, edge + row * cell
         canvas.paste(as_image(tile), (x, y))
         draw.rectangle((x - 1, y - 1, x + size, y + size), outline=LINE)
-        draw.text((x, y - 19), "thumbnail" if i >= count else str(i + 1), fill=LINE, font=font)
+        draw.text((x, y - 19 * scale), "thumbnail" if i >= count else str(i + 1), fill=LINE, font=font)
     text = (f"{columns} x {rows} tiles{' and a thumbnail' if thumbnail else ''}, "
             f"{len(picture.tiles)} x {tokens} = {len(picture.tiles) * tokens:,} tokens")
-    draw.text((EDGE, rows * cell + EDGE), text, fill="black", font=font)
+    draw.text((edge, rows * cell + edge), text, fill="black", font=font)
     return canvas
 
 

@@ -1,5 +1,6 @@
 """The explanation tells this run's own numbers, in one file that fetches nothing."""
 import base64
+import html
 import html.parser
 import io
 import random
@@ -7,11 +8,13 @@ import re
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
+import draw_explain
 from commands import call, infer, refuses
+from conftest import ROOT
 from model import InternVL
-from model.explain import explain
+from model.explain import explain, follow
 from model.prompt import NOT_LEARNED, page_prompt
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
@@ -52,7 +55,7 @@ def test_it_is_one_file_that_fetches_nothing(explained):
         assert tag not in ("script", "link", "iframe")
         assert all(value.startswith("data:image/png;base64,") for name, value in attributes.items() if name in ("src", "href"))
     pictures = [attributes["src"].partition(",")[2] for tag, attributes in reader.tags if tag == "img"]
-    assert len(pictures) == 1 + 5 + 2                                           # page, tiles with thumbnail, patches and image tokens
+    assert len(pictures) == 5                               # page, tiles with thumbnail, patches, image tokens, where it looked
     assert all(Image.open(io.BytesIO(base64.b64decode(picture))).size > (0, 0) for picture in pictures)
 
 
@@ -62,7 +65,8 @@ def test_its_tokens_are_the_prompts(explained):
     prompt, _ = page_prompt(model.tokenizer, 64, [5], [question], [answer])
     told = [re.match(r"(\d+), (\d+)", token).groups() for token in Reader(text).tokens]
     first_of_images = prompt.ids.index(261)
-    expected = [(str(i), str(p)) for n, (i, p) in enumerate(zip(prompt.ids, prompt.positions)) if i != 261 or n == first_of_images]
+    expected = [(str(token), str(position)) for i, (token, position) in enumerate(zip(prompt.ids, prompt.positions))
+                if token != 261 or i == first_of_images]
     assert told == expected
     assert text.count("class='token learned'") == 1 + sum(label != NOT_LEARNED for label in prompt.labels)
 
@@ -74,8 +78,60 @@ def test_its_probabilities_are_the_models(explained):
     with torch.no_grad():
         logits = model.language.head(model.read(model.pack([(tiles, prompt)])))
     places = [i - 1 for i, label in enumerate(prompt.labels) if label != NOT_LEARNED]
-    expected = [f"{100 * p:5.1f} %" for place in places for p in logits[place].softmax(-1).topk(5).values.tolist()]
-    assert re.findall(r"<td>([ \d.]+ %)</td>", text) == expected
+    likely = logits[places].softmax(-1)
+    best = likely.topk(5).values.flatten().tolist()
+    bars, told = zip(*re.findall(r"width='([\d.]+)' height='11' fill='#\w+'/><text class='p'[^>]*>([^<]+)<", text))
+    assert [float(bar) for bar in bars] == pytest.approx([220 * p for p in best], abs=0.06)
+    assert [html.unescape(p) for p in told] == ["< 0.1 %" if p < 0.0005 else "> 99.9 %" if p >= 0.9995 else f"{100 * p:.1f} %"
+                                               for p in best]
+    loss = -likely[range(len(places)), [prompt.ids[i + 1] for i in places]].log().mean().item()
+    assert float(re.search(r"here ([\d.]+)\.</p>", text)[1]) == pytest.approx(loss, abs=1e-4)
+
+
+def test_every_step_tells_its_shapes_and_its_file(explained):
+    text = explained[3]
+    told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
+    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
+                    "6, 96", "6, 288"]
+    files = [re.findall(r"<code>([\w/]+\.py)</code>", where) for where in re.findall(r"<p class='where'>(.*?)</p>", text)]
+    assert len(files) == text.count("<h2>") == 8 and all(files)
+    assert all((ROOT / name).exists() for names in files for name in names)
+
+
+def test_what_is_explained_is_what_the_chat_read(explained):
+    """Also where the question says itself where the image belongs."""
+    model, page, (question, _), *_ = explained
+    for asked in (question, f"See <image> and tell: {question}"):
+        run = follow(model, page, asked, max_new_tokens=8)
+        read = [key if isinstance(key, int) else 261 for key in run.chat.held]
+        assert run.prompt.ids[:len(read)] == read and 0 < run.looked.sum() < 1
+
+
+def test_the_readmes_pictures_are_drawn_anew(tmp_path):
+    """Sizes are exact. Pixels are not: Pillow's builds smooth text differently, and processors differ in a sum's last bits,
+    which `byte()` can turn into a step of colour and rounding into another digit of a percentage."""
+    run = draw_explain.draw(tmp_path)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## One page, followed")[1].split("\n## ")[0]
+    start = run.prompt.branches.index(1)
+    tiles = len(run.picture.tiles)
+    for told in (run.chat.turns[0].answer, f"{tiles} tiles", f"tile {run.tile + 1} in", f"{tiles * 256} patches",
+                 f"{tiles * 64} image tokens", f"{len(run.prompt.ids)} tokens in a row", f"0 to {start - 1}",
+                 f"{len(run.learned)} of the"):
+        assert told in section, told
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "assets").glob("explain_*"))
+    for name in drawn:
+        if name.endswith(".png"):
+            new, old = Image.open(tmp_path / name), Image.open(ROOT / "assets" / name)
+            assert (new.size, new.mode) == (old.size, old.mode), name
+            assert max(ImageStat.Stat(ImageChops.difference(new, old)).mean) < 2, name      # of 255
+    new, old = ((folder / "explain_answer.svg").read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "assets"))
+    assert re.match("<svg[^>]*>", new)[0] == re.match("<svg[^>]*>", old)[0]
+    assert re.findall("position [^<]*", new) == re.findall("position [^<]*", old)
+    bars = [re.findall(r"'>([^<]*)</text><rect[^>]* width='([\d.]+)'", text) for text in (new, old)]
+    for (token, bar), (old_token, old_bar) in zip(*bars, strict=True):
+        assert float(bar) == pytest.approx(float(old_bar), abs=2.2)                     # one of a hundred
+        assert token == old_token or float(old_bar) < 2.2                               # unlikely ones may change places
 
 
 def test_the_command_writes_it(tmp_path, capsys, monkeypatch):

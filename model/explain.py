@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw
 
 from model.chat import Chat, Picture
 from model.prompt import IMAGE_TOKEN, NOT_LEARNED, PLACEHOLDER, Prompt, branches_prompt, special_id
-from model.show import attention, draw_attention, draw_tiles
+from model.show import as_image, attention, draw_attention, draw_tiles
 
 LIKELIEST = 5                           # tokens shown of each distribution
 STYLE = """
@@ -86,7 +85,7 @@ def pictures(run):
     """name -> Pillow image or, of the answer, the text of an SVG file."""
     model, picture = run.chat.model, run.picture
     grid, tokens = model.config.vision.grid, model.config.tokens_per_tile
-    patches = ruled(Image.fromarray(rearrange(picture.tiles[run.tile], "rgb h w -> h w rgb")), grid, grid)
+    patches = ruled(as_image(picture.tiles[run.tile]), grid, grid)
     seen = token_colours(picture.tokens[run.tile * tokens:(run.tile + 1) * tokens], grid // model.config.shuffle)
     return {"page": ruled(picture.image, *picture.grid), "tiles": draw_tiles(run.chat, picture), "patches": patches,
             "tokens": seen.resize(patches.size, Image.Resampling.NEAREST), "looked": draw_attention(run.chat),

@@ -28,7 +28,7 @@ from model.int8 import to_int8
 from model.many import answer_many, folder_questions, go_on, read_questions
 from model.prompt import clean
 from model.score import SCORES
-from model.show import draw_attention, draw_tiles
+from model.show import draw_attention, draw_tiles, save_picture
 from model.split import evaluate
 from model.terminal import SETTINGS, answer_one, converse, tell
 from model.tiling import read_image
@@ -233,14 +233,6 @@ def explain_to(path, model, image, question, settings):
         raise InputError(f"{path}: cannot be written ({error.strerror}); expected a name like out.html "
                          "in a folder that exists") from error
     print(answer)
-
-
-def save_picture(picture, path):
-    try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png "
-                         "in a folder that exists") from error
 
 
 def browse(model, port, settings):

@@ -216,7 +216,8 @@ class Training:
         print(json.dumps(vars(settings)))
         if settings.recipe:
             source, sets = RECIPES[settings.recipe]
-            told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sets.items())
+            told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sets.items()
+                            if getattr(settings, key) == value)                         # else it gave way to what was typed
             print(f"recipe {settings.recipe} ({source}) sets {told}")
         self.model = load_model(settings)
         needed = step_gb(self.model, settings.max_tiles, settings.batch_pages)

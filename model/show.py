@@ -14,10 +14,20 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
+from model.errors import InputError
 from model.language import look_back, rotate, rotation
 from model.prompt import IMAGE_TOKEN, special_id
 
 EDGE, LINE = 24, (220, 30, 30)           # EDGE: pixels around a tile of 128, more around larger ones
+
+
+def save_picture(picture, path):
+    """Write a Pillow image; raises InputError where that cannot be."""
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); expected a name like out.png "
+                         "in a folder that exists") from error
 
 
 def show_example(example, tokenizer, file):
@@ -28,7 +38,7 @@ def show_example(example, tokenizer, file):
     page, prompt = example.page, example.prompt
     print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
     if len(example.tiles):
-        line_up(example.tiles, example.tile_counts).save(file)
+        save_picture(line_up(example.tiles, example.tile_counts), file)
         print(f"tiles: {file}, one line an image, the thumbnail last")
     for branch in range(max(prompt.branches) + 1):
         at = [i for i, b in enumerate(prompt.branches) if b == branch]

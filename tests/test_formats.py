@@ -327,6 +327,9 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} learned"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
+    gone = tmp_path / "gone" / "a.png"
+    assert f"{gone}: cannot be written" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--model", "tiny",
+                                                     "--out", gone)
 
 
 def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, monkeypatch):

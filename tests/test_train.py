@@ -138,7 +138,7 @@ def test_the_schedule_is_the_one_of_transformers_sampled_in_the_middle_of_each_s
 def test_a_recipe_sets_flags_says_so_and_gives_way_to_what_is_typed(fit, folder, dataset, tmp_path, capsys, monkeypatch):
     status, out, err = call(train, capsys, monkeypatch, "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0, "--eval-every", 0,
                             "--recipe", "xtuner-lora", "--lr", "projector=1e-3", "--steps", 1, "--out", tmp_path / "run")
-    assert status == 0 and "recipe xtuner-lora (XTuner" in out and "--lora-rank 128" in out, err
+    assert status == 0 and "recipe xtuner-lora (XTuner" in out and "--lora-rank 128" in out and "--lr 3e-05" not in out, err
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert (settings["lora_rank"], settings["lora_alpha"], settings["weight_decay"], settings["train"]) == (128, 256, 0.05, "projector,lora")
     assert settings["lr"] == "projector=0.001,lora=4e-05" and settings["checkpoint_activations"] is True

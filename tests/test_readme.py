@@ -1,4 +1,4 @@
-"""The README tells no command, file or test that does not exist."""
+"""The README tells no command, file or test that does not exist; the Chinese one tells the same."""
 import random
 import re
 import shlex
@@ -9,7 +9,7 @@ from commands import data, infer, train
 from conftest import ROOT
 from model.tiny.pages import draw_page
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer|data)\.py[^`\n|&]*", README)})
 
 
@@ -54,3 +54,18 @@ def test_the_lines_from_python_run(tmp_path, monkeypatch, capsys):
     names = {}
     exec(shown, names)
     assert len(names["chat"].turns) == 2 and len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_the_chinese_readme_has_the_same_content():
+    def told(text):
+        text = text.replace("[English](README.md)", "").replace("[中文](README.zh.md)", "")
+        blocks = re.findall(r"```.*?```", text, re.DOTALL)
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        return {"code": blocks, "headings": re.findall(r"^#+ ", text, re.MULTILINE), "links": sorted(re.findall(r"\]\(([^)]+)\)", text)),
+                "inline code": sorted(re.findall(r"`[^`\n]+`", text)), "table rows": len(re.findall(r"^\|", text, re.MULTILINE)),
+                "items": len(re.findall(r"^(?:-|\d+\.) ", text, re.MULTILINE))}
+    english, chinese = told(README), told(CHINESE)
+    for what in english:
+        assert chinese[what] == english[what], what
+    for target in re.findall(r"\]\(#([^)]+)\)", CHINESE):
+        assert f'<a id="{target}"></a>' in CHINESE, target

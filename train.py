@@ -20,7 +20,7 @@ from data import Examples, PageStream, count_rows, load_examples, load_image, op
 from model import InputError, InternVL
 from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint, save_checkpoint,
                               write_text)
-from model.errors import run
+from model.errors import run, warn
 from model.generate import generate
 from model.lora import add_adapters
 from model.memory import peak_gb, step_gb
@@ -188,7 +188,6 @@ def begin(folder, settings, model, optimizer):
     kept = {key: value for key, value in vars(settings).items() if key not in NOT_KEPT}
     if isinstance(settings.lr, dict):                                # as it is typed
         kept["lr"] = ",".join(f"{part}={rate}" for part, rate in settings.lr.items())
-    write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")
     for half in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):      # of a process killed while it wrote
         half.unlink()
     state = {"step": 0, "epoch": 0, "index": 0, "refill": [0, 0], "rows": 0, "questions": 0, "split_pages": 0}
@@ -199,6 +198,7 @@ def begin(folder, settings, model, optimizer):
             raise InputError(f"{checkpoint}: of another version of train.py; finish the run with that one")
         state = saved
         print(f"going on after step {state['step']}")
+    write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")        # not before the checkpoint is known to fit them
     lines = keep_lines(folder / METRICS, lambda line: line["step"] <= state["step"])
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
     keep_lines(folder / SAMPLES, lambda line: line["step"] in losses)
@@ -214,9 +214,9 @@ class Training:
     def __init__(self, settings):
         self.settings, self.folder = settings, open_run(settings)
         print(json.dumps(vars(settings)))
-        if settings.recipe:
+        if settings.recipe and not settings.resume:
             source, sets = RECIPES[settings.recipe]
-            told = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in sets.items()
+            told = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in sets.items()
                             if getattr(settings, key) == value)                         # else it gave way to what was typed
             print(f"recipe {settings.recipe} ({source}) sets {told}")
         self.model = load_model(settings)
@@ -255,8 +255,9 @@ class Training:
             if settings.eval_every and step % settings.eval_every == 0 and step not in self.losses:
                 self.validate(bar)
             if settings.save_every and step % settings.save_every == 0 and step > self.saved:
-                self.save()
-            if step == settings.steps:
+                with interruptions.deferred():
+                    self.save()
+            if settings.steps and step >= settings.steps:
                 break
             started = time.perf_counter()
             examples = next(self.steps, None)
@@ -271,7 +272,8 @@ class Training:
             raise InputError(f"{self.folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
         if settings.eval_every and step not in self.losses:
             self.validate(bar)
-        self.save()
+        with interruptions.deferred():
+            self.save()
 
     def take_step(self, examples):
         """One optimizer step -> its loss and the norm of its gradient, before clipping."""
@@ -281,6 +283,8 @@ class Training:
         torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)         # dropout: a resumed run draws the same
         loss = accumulate_gradients(self.model, examples, settings.batch_pages)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in trained):
+            warn(f"step {step + 1}: no page has an image, so there is nothing that --train {settings.train} can learn")
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
         loss, norm = torch.stack([loss, norm]).tolist()                         # waits for the device
         if not math.isfinite(loss + norm):

@@ -8,7 +8,7 @@ A page is written once, its questions are branches of it:
 
 Every branch takes up the positions where the prefix ends. Tokens, labels, positions and branches are appended together,
 piece by piece, so a label can never be out of step with its token. Text that a user typed is always read as plain text:
-"<|im_end|>" in a question is eleven characters, not the end of the turn.
+"<|im_end|>" in a question is ten characters, not the end of the turn.
 
 Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` published with it.
 """

@@ -4,7 +4,9 @@
 """
 import contextlib
 import json
+import math
 import os
+import shlex
 import shutil
 import signal
 import warnings
@@ -19,9 +21,10 @@ from model.prompt import INSTRUCTION
 from model.score import exact_match
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
+CARD_FILE = "README.md"
 # told in a model card
-CARD = ("data", "domain", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps", "epochs",
-        "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
+CARD = ("data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "steps",
+        "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
 def open_run(settings):
@@ -180,12 +183,13 @@ def draw_curve(folder):
 
 def what_next(folder):
     """What to look at and to type when a run has ended."""
-    samples = read_lines(folder / SAMPLES)
+    samples, named = read_lines(folder / SAMPLES), shlex.quote(str(folder))
     if not samples:
-        return f'next: python infer.py --model {folder} --image PAGE "QUESTION"'
+        return f'next: python infer.py --model {named} --image PAGE "QUESTION"'
     question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION).strip()
+    image = f"--image {named}/page.png " if (folder / "page.png").exists() else ""
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
-            f'python infer.py --model {folder} --image {folder}/page.png "{question}"')
+            f'python infer.py --model {named} {image}"{question}"')
 
 
 def plotting():
@@ -278,13 +282,22 @@ def memory_told(examples):
 # ----------------------------------------------------------------------------------------------------------------- export
 
 def export(run_folder, target, layout, repository=None):
-    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it if a Hub repository is named."""
+    """Write a run's (or a checkpoint's) model as a model folder with a model card; upload it if a Hub repository is named.
+
+    Raises InputError for a folder that holds a run, a model or a README.md already.
+    """
+    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, CARD_FILE) if (Path(target) / name).exists()]
+    if held:
+        raise InputError(f"{target}: holds {held[0]} already; choose another folder")
     if layout == "peft":
         export_adapter(run_folder, target)
     else:
         InternVL.from_pretrained(run_folder, "cpu", "float32").save_pretrained(target, layout)
     run_folder = Path(run_folder)
-    write_card(run_folder.parent.parent if run_folder.suffix == ".safetensors" else run_folder, Path(target))
+    if run_folder.suffix == ".safetensors":
+        write_card(run_folder.parent.parent, Path(target), last_step=int(run_folder.stem.split("-")[-1]))
+    else:
+        write_card(run_folder, Path(target))
     print(f"wrote {target}")
     if repository:
         from huggingface_hub import HfApi
@@ -297,14 +310,17 @@ def export(run_folder, target, layout, repository=None):
                              f"or upload {target} yourself") from error
 
 
-def write_card(run, folder):
-    """Write README.md, the model card: base, data, settings, score and curve of a run."""
+def write_card(run, folder, last_step=math.inf):
+    """Write README.md, the model card: base, data, settings, score up to a step and curve of a run."""
     if not (run / SETTINGS).exists():                           # a model folder exported anew: nothing is known of its training
         return
-    settings, measured = read_settings(run), [line for line in read_lines(run / METRICS) if "val_loss" in line]
+    settings, lines = read_settings(run), read_lines(run / METRICS)
+    measured = [line for line in lines if "val_loss" in line and line["step"] <= last_step]
     settings |= {key: ",".join(Path(part).name if os.path.isabs(part) else part for part in settings[key].split(","))
-                 for key in ("model", "data")}                  # no folders of this machine
-    told = {key: settings[key] for key in CARD if settings.get(key) is not None}
+                 for key in ("model", "data", "eval_data") if settings.get(key)}        # no folders of this machine
+    told = {key: settings[key] for key in CARD if settings.get(key) is not None
+            and ("lora" in settings["train"].split(",") or not key.startswith("lora_"))
+            and ("synthetic" in settings["data"] or key != "domain")}
     card = [f"---\nbase_model: {settings['model']}\npipeline_tag: image-text-to-text\n---\n",
             f"# {settings['model']}, fine-tuned\n", "| setting | value |\n|---|---|",
             *(f"| {key} | {value} |" for key, value in told.items())]
@@ -315,4 +331,4 @@ def write_card(run, folder):
                    for line in (measured[0], measured[-1]))]
         shutil.copyfile(run / "curve.png", folder / "curve.png")
         card += ["\n![training and validation loss](curve.png)"]
-    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text("\n".join(card) + "\n", encoding="utf-8")

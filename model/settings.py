@@ -16,7 +16,8 @@ from model.tiny.pages import DOMAINS
 PARTS = ("projector", "lora", "llm", "vision")
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)                                    # what --tiny sets
-RESHAPING = ("train", "lora_rank", "lora_alpha", "lora_targets")        # flags that a run cannot change half-way
+# flags that a run cannot change half-way: what trains, and which page comes next
+FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead", "group_by_length")
 
 
 def parse_settings(description=None):
@@ -34,6 +35,8 @@ def parse_settings(description=None):
     if settings.recipe:
         parser.set_defaults(**RECIPES[settings.recipe][1])
     settings = parser.parse_args()
+    if not settings.export and (settings.push_to_hub or settings.format != "official"):
+        parser.error("--format and --push-to-hub say what becomes of --export RUN FOLDER; give that too")
     if settings.resume:
         refuse_another_run(parser, settings)
     settings.lr = choose_rates(parser, settings)
@@ -167,8 +170,8 @@ def learning_rates(text):
     """'4e-5' -> 4e-5; 'projector=1e-3,lora=1e-4' -> {'projector': 1e-3, 'lora': 1e-4}."""
     if "=" not in text:
         return real_number(0, 1000)(text)
-    rates = dict(entry.split("=") for entry in text.split(","))
-    return {part_names(part): real_number(0, 1000)(rate) for part, rate in rates.items()}
+    rates = [entry.split("=") for entry in text.split(",")]
+    return {part: real_number(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
 
 
 def choose_rates(parser, settings):
@@ -184,15 +187,20 @@ def choose_rates(parser, settings):
 
 
 def refuse_another_run(parser, settings):
-    """A run goes on in its own folder and trains what it trained."""
+    """A run goes on in its own folder, trains what it trained, and sees its pages in the order it began with."""
     if settings.out != settings.resume:
         parser.error(f"--out {settings.out}: --resume goes on in its own folder; to begin another run from it, use "
                      f"--model {settings.resume}")
     kept = read_settings(settings.resume)
-    for key in RESHAPING:
+    for key in FIXED:
         if getattr(settings, key) != kept.get(key, getattr(settings, key)):
-            parser.error(f"--{key.replace('_', '-')} {getattr(settings, key)}: not what the run trains; to train other parts, "
-                         f"begin a run with --model {settings.resume}")
+            parser.error(f"--{key.replace('_', '-')} {getattr(settings, key)}: not what the run trains with; "
+                         f"to change that, begin a run with --model {settings.resume}")
+    held_out = [bool(eval_every) and not eval_data for eval_every, eval_data in
+                ((settings.eval_every, settings.eval_data), (kept.get("eval_every", 1), kept.get("eval_data")))]
+    if held_out[0] != held_out[1] and any(Path(name).is_file() for name, _ in named_parts(settings.data)):
+        parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the reverse; "
+                     f"to change that, begin a run with --model {settings.resume}")
 
 
 def whole_paths(data):

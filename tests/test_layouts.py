@@ -230,7 +230,7 @@ def test_an_export_carries_a_model_card_and_goes_to_the_hub(tmp_path, capsys, mo
     status, out, err = call(train, capsys, monkeypatch, "--export", run / "checkpoints" / "step-0000002.safetensors", tmp_path / "out", "--push-to-hub", "me/mine")
     assert status == 0 and sent == ["me/mine", ["README.md", "config.json", "curve.png", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]], err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "base_model: tiny" in card and "| lora_rank | 16 |" in card and "| step | val_loss | exact_match | anls |" in card and "(curve.png)" in card
+    assert "base_model: tiny" in card and "| lora_rank | 16 |" in card and "| domain | negative |" in card and "| step | val_loss | exact_match | anls |" in card and "(curve.png)" in card
     def offline(self, name, exist_ok):
         raise OSError("no route to host")
     monkeypatch.setattr(HfApi, "create_repo", offline)

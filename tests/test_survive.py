@@ -180,6 +180,13 @@ def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, mon
     assert_same(whole, run)
 
 
+def test_a_signal_while_saving_waits_for_the_checkpoint(fit, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, train, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status, err, run = fit("run", "--save-every", 2)
+    assert status == 143 and latest_checkpoint(run).name == "step-0000002.safetensors", err
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     code = ("import os, signal, sys, train; from model.errors import run\n"
             "train.accumulate_gradients = lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"

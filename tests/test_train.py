@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,6 +17,7 @@ from data import gather
 from hub import serve
 from model import InternVL
 from model.checkpoint import TINY, official_name
+from model.tiny.pages import draw_page
 from small_data import mixed_rows, write_dataset, write_split
 
 METRICS = {"step", "train_loss", "lr", "grad_norm", "questions", "answer_tokens", "questions_per_second", "data_wait", "peak_gb"}
@@ -197,6 +199,8 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     assert "nothing to do" in refuses(train, capsys, monkeypatch, "--resume", run)
     assert "not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--train", "llm")
     assert "--lora-rank 8: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--lora-rank", 8)
+    assert "--seed 5: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--seed", 5)
+    assert "nothing to do after step 3" in refuses(train, capsys, monkeypatch, "--resume", run, "--steps", 1)
     assert "goes on in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
     assert "nowhere: not found" in refuses(train, capsys, monkeypatch, "--resume", run, "--model", "nowhere")
     assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
@@ -240,6 +244,19 @@ def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, 
     status, _, err = call(train, capsys, monkeypatch, "--export", run, tmp_path / "exported")
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert status == 0 and all(torch.equal(exported[official_name(name)], finished[name]) for name in finished), err
+    for folder in (run, tmp_path / "exported"):
+        assert f"{folder}: holds " in refuses(train, capsys, monkeypatch, "--export", run, folder)
+
+
+def test_pages_held_out_stay_held_out(tmp_path, capsys, monkeypatch):
+    rows = [{"question": f"What is {i}?", "answer": str(i), "image": f"{i}.png"} for i in range(30)]
+    for i in range(30):
+        draw_page(random.Random(i), "plain", (8, 8))[0].save(tmp_path / f"{i}.png")
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, _, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "my.jsonl", "--steps", 1, "--accumulate", 1,
+                          "--out", tmp_path / "run")
+    assert status == 0, err
+    assert "held out would be trained on" in refuses(train, capsys, monkeypatch, "--resume", tmp_path / "run", "--eval-every", 0)
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(fit):
@@ -300,6 +317,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--warmup", "2"), "2.0 is not between 0 and 1"),
     (("--schedule", "wild"), "invalid choice: 'wild'"),
     (("--recipe", "mine"), "invalid choice: 'mine'"),
+    (("--tiny", "--format", "peft"), "what becomes of --export"),
     (("--lora-targets", "head"), "'head' is no set of layers; expected llm, qkv, vision, all-linear"),
     (("--lr", "projector=1e-3,tail=1"), "'tail' is no part of the model"),
     (("--lr", "projector=1e-3,1e-4"), "invalid learning_rates value"),

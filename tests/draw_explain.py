@@ -14,7 +14,7 @@ from model import InternVL
 from model.explain import explain, follow, pictures
 from model.tiny.pages import SHAPES, draw_page
 
-SHOWN = "tiles", "patches", "tokens", "looked", "answer"
+SHOWN = "page", "tiles", "patches", "tokens", "looked", "answer"
 
 
 def example():
@@ -26,7 +26,7 @@ def example():
 def draw(folder):
     """Write explain_*.png and explain_answer.svg into a folder; return what was followed."""
     run = follow(InternVL.from_pretrained("tiny", "cpu"), *example())
-    drawn = pictures(run)
+    drawn = pictures(run) | {"page": example()[0]}
     for name in SHOWN:
         if isinstance(drawn[name], str):
             (folder / f"explain_{name}.svg").write_text(drawn[name] + "\n", encoding="utf-8")

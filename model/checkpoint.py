@@ -179,7 +179,7 @@ def download(name, files):
                          "'hf auth login' if it is private") from error
     except LocalEntryNotFoundError as error:
         raise InputError(f"{name}: the Hub cannot be reached and the model is not in the cache; connect to the network, "
-                         "or give a local folder with --model") from error
+                         "give a local folder with --model, or take the embedded model with --tiny") from error
     except (HTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{name}: download failed ({error}); try again, or give a local folder with --model") from error
 

@@ -36,6 +36,8 @@ def draw(folder):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(__doc__)
     run = draw(Path(__file__).parent.parent / "assets")
     if sys.argv[1:]:
         Path(sys.argv[1]).write_text(explain(run.chat.model, *example())[0], encoding="utf-8")

@@ -179,8 +179,7 @@ def answer_file(model, arguments, asked, load):
     answers = answer_many(model, asked, load, generate_with(model, arguments), arguments.max_tiles, arguments.max_new_tokens,
                           arguments.batch)
     for (_, sources), answer in zip(asked, answers):
-        named = {"images": sources} if arguments.folder else {}
-        print(json.dumps(answer | named, ensure_ascii=False), file=out, flush=True)
+        print(json.dumps(answer | {"images": sources}, ensure_ascii=False), file=out, flush=True)
 
 
 def answer_split(model, arguments):

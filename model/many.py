@@ -61,8 +61,9 @@ def go_on(path, asked):
         if path.exists():                                   # an interrupted run may leave half a line
             data = path.read_bytes()
             data = data[:data.rfind(b"\n") + 1]
-            answered = [json.loads(line)["question"] for line in data.splitlines()]
-            if answered != [question for question, _ in asked[:len(answered)]]:
+            answered = [json.loads(line) for line in data.splitlines()]
+            of_answered = [(line["question"], line.get("images", images)) for line, (_, images) in zip(answered, asked)]
+            if len(answered) > len(asked) or of_answered != asked[:len(answered)]:
                 raise ValueError("they are not the first of these questions")
             os.truncate(path, len(data))
         else:

@@ -120,6 +120,19 @@ def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_
     ask(*flags)
     assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
     assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
+    (scans / "1.png").rename(scans / "3.png")                                                   # the same question about other images
+    assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+
+
+def test_answers_to_a_file_of_questions_say_their_images_and_are_gone_on_with(ask, page, tmp_path):
+    asked, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text(json.dumps({"question": "What?", "images": "page.png"}) + '\n{"question": "Why?"}\n')
+    ask("--questions", asked, "--out", out)
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["images"] for line in whole] == [[str(page)], []]
+    out.write_text(json.dumps({"question": "What?", "answer": "older, without its images"}) + "\n")
+    ask("--questions", asked, "--out", out)
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["What?", "Why?"]
 
 
 def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):

@@ -71,8 +71,9 @@ def add_asked(group):
 
 
 def add_many(group):
-    group.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
-    group.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder")
+    group.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line; '
+                       'one that cannot be answered gets an "error" for its answer')
+    group.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder, likewise")
     group.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
     group.add_argument("--evaluate", metavar="DATA",
                        help="answer and score a whole split: Hub id, local folder in Hub layout, or file")

@@ -153,6 +153,23 @@ def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypat
         assert (result["tokens"], result["prompt_tokens"]) == (alone["tokens"], alone["prompt_tokens"])
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_one_broken_image_is_named_and_the_others_are_answered(folder, page, tmp_path, capsys, monkeypatch, batch):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 6, "--batch", batch)
+    asked = [("A?", "page.png"), ("B?", "broken.png"), ("word " * 10_000, "page.png"), ("C?", "page.png"), ("D?", "broken.png")]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "images": i}) for q, i in asked))
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--questions", tmp_path / "q.jsonl")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [(line["question"], line["images"]) for line in results] == [(q, [str(tmp_path / i)]) for q, i in asked]
+    assert ["as an image" in line.get("error", "") for line in results] == [False, True, False, False, True]
+    assert "exceed the model's 2048" in results[2]["error"] and all(results[i]["tokens"] for i in (0, 3))
+    assert "broken.png" in err and "not answered" in err
+    status, out, _ = call(infer, capsys, monkeypatch, *flags, "--folder", tmp_path, "A?")
+    bad, good = map(json.loads, out.splitlines())
+    assert status == 0 and "error" in bad and good["tokens"] == results[0]["tokens"]
+
+
 def test_a_question_asked_twice_is_answered_twice(ask, page, tmp_path):
     """Also where it says where its image goes, and so shares no prefix."""
     asked = ["<image> What?", "<image> What?", "And this?", "And this?"]

@@ -12,7 +12,7 @@ from commands import call, data, refuses, train
 from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
-from model.formats import read_entry, read_file
+from model.formats import FORMATS, read_entry, read_file
 from model.prompt import conversation_prompt
 from model.tiling import read_image, tile_page
 from model.tiny.pages import draw_page
@@ -244,6 +244,7 @@ MALFORMED = [                           # a line, and what is told of it
     (chat(Q, Q, A), "human speaks where an answer is expected"), (chat(Q, A, A), "gpt speaks where a question is expected"),
     (chat(Q), "the last turn is no answer"), (chat(Q, A, Q), "the last turn is no answer"), (chat(("system", "x")), "the last turn is no answer"),
     (chat(Q, ("system", "x"), A), "system speaks where an answer is expected"),
+    (chat(("human", " "), A), "an empty question"), ({"query": "", "response": "x"}, "an empty question"), ({"question": "", "answer": "x"}, "an empty question"),
     (chat(Q, ("gpt", "")), "an empty answer"), (chat(Q, ("gpt", " \n")), "an empty answer"), (chat(Q, ("gpt", None)), "turn 2 is missing; expected text"),
     (chat(("human", 5), A), "turn 1 is 5; expected text"), (chat(("human", ["x"]), A), 'turn 1 is ["x"]; expected text'),
     ('{"query": "\\ud800", "response": "x"}', "turn 1 is not UTF-8 at its character 1"), (b'{"query": "caf\xe9", "response": "x"}', "turn 1 is not UTF-8 at its character 4"),
@@ -277,6 +278,14 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     for number, (line, (_, reason)) in enumerate(zip(told, MALFORMED)):
         assert line.startswith(f"{tmp_path / 'bad.jsonl'}:{3 * number + 2}: ") and reason in line, (line, reason)
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
+
+
+def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: [("user", entry["ask"]), ("assistant", entry["say"][0])])
+    (tmp_path / "own.jsonl").write_text(jsonl([{"ask": "What?", "say": ["This."]}, {"ask": "What?"}, {"ask": "What?", "say": []}, {"ask": "What?", "say": None}]))
+    lines = call(data, capsys, monkeypatch, "check", tmp_path / "own.jsonl")[1].splitlines()
+    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format known by its key ask", "IndexError", "TypeError")), 2):
+        assert f"own.jsonl:{number}: {reason}" in line
 
 
 @pytest.mark.parametrize("text, line, reason", [

@@ -2,13 +2,17 @@
 import collections
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from commands import call, data, refuses, train
+from conftest import ROOT
 from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
@@ -341,6 +345,15 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
                                                      "--out", gone)
 
 
+def test_output_that_nobody_reads_any_more_ends_quietly(files, tmp_path):
+    for command in (("show", files["llava.json"], 2, "--out", tmp_path / "tiles.png"), ("check", files["llava.json"])):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "data.py", *map(str, command)], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+        os.close(writer)
+        assert done.returncode == 141 and not [line for line in done.stderr.splitlines() if "embedded model" not in line], done.stderr
+
+
 def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, monkeypatch):
     folder, _ = asked
     text = jsonl([{"query": "Who are you?", "response": "a model"}, {"images": [str(folder / "page 0.png")] * 2, "query": "Same?", "response": "yes"}])
@@ -366,7 +379,6 @@ def test_pages_without_any_image_train_nothing_of_the_projector_and_do_not_stop_
 
 
 def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
-    import os
     (tmp_path / "a.jsonl").write_text(jsonl([{"query": "a", "response": "b"}]))
     first = read_file(tmp_path / "a.jsonl")
     assert read_file(tmp_path / "a.jsonl") is first

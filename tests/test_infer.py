@@ -195,7 +195,7 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
+    ("/image -", "standard input is where the questions come from"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
     ("/settings width 3", "width: no setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
@@ -327,6 +327,12 @@ def test_an_interrupted_evaluation_goes_on(ask, split, tmp_path, monkeypatch, fo
     assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
     assert "begun with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
     assert "not those of" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+
+
+def test_predictions_that_cannot_be_written_are_one_line(folder, split, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.json.new").mkdir()
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "--evaluate", split, "--predictions", tmp_path / "p.json")
+    assert f"{tmp_path / 'p.json'}: cannot be written (Is a directory)" in refuses(infer, capsys, monkeypatch, *flags)
 
 
 def mislabelled(tmp_path):

@@ -123,7 +123,7 @@ def rules(flags):
          "--folder asks one QUESTION of the images in a folder; give one, and no --image, --video or --questions"),
         (flags.out and not (flags.questions or flags.folder),
          "--out is for the answers of --questions or --folder"),
-        *((path and not Path(path).parent.is_dir(), f"{path}: the folder {Path(path or '').parent} does not exist; make it first")
+        *((path and not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path or '').parent}; make it first")
           for path in (flags.out, flags.predictions)),
         ((flags.attend or flags.show) and not (asked and pictures),
          "--show and --attend are for a QUESTION about an --image or a --video"),

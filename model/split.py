@@ -114,7 +114,7 @@ def write_whole(path, text):
         new.write_text(text, encoding="utf-8")
         new.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then go on with the same command") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then repeat the command") from error
 
 
 def beside(path):

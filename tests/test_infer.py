@@ -267,8 +267,8 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--image", "-"), "give a QUESTION beside it"),
     *((("--image", "PAGE", "--explain", "x.html", *more, "What?"), "give no --show, --attend, --json, --video")
       for more in (("--show", "x.png"), ("--attend", "x.png"), ("--json",), ("--video", "x.gif"), ("--temperature", "1"))),
-    (("--questions", "x.jsonl", "--out", "nodir/o.jsonl"), "nodir/o.jsonl: the folder nodir does not exist"),
-    (("--evaluate", "x", "--predictions", "nodir/p.json"), "nodir/p.json: the folder nodir does not exist"),
+    (("--questions", "x.jsonl", "--out", "nodir/o.jsonl"), "nodir/o.jsonl: there is no folder nodir; make it first"),
+    (("--evaluate", "x", "--predictions", "nodir/p.json"), "nodir/p.json: there is no folder nodir; make it first"),
     (("--video", "nowhere.gif", "What?"), "cannot be read as an animation"),
     (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
     (("--evaluate", "nowhere"), "nowhere: not found"),

@@ -71,8 +71,9 @@ def add_asked(group):
 
 
 def add_many(group):
-    group.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line')
-    group.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder")
+    group.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line; '
+                       'one that cannot be answered gets an "error" for its answer')
+    group.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder, likewise")
     group.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
     group.add_argument("--evaluate", metavar="DATA",
                        help="answer and score a whole split: Hub id, local folder in Hub layout, or file")
@@ -122,10 +123,14 @@ def rules(flags):
          "--folder asks one QUESTION of the images in a folder; give one, and no --image, --video or --questions"),
         (flags.out and not (flags.questions or flags.folder),
          "--out is for the answers of --questions or --folder"),
+        *((path and not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path or '').parent}; make it first")
+          for path in (flags.out, flags.predictions)),
         ((flags.attend or flags.show) and not (asked and pictures),
          "--show and --attend are for a QUESTION about an --image or a --video"),
         (flags.explain and not (asked and len(flags.image) == 1),
          "--explain is for a QUESTION about one --image"),
+        (flags.explain and (flags.show or flags.attend or flags.json or flags.video or flags.temperature),
+         "--explain tells of one image and its likeliest answer; give no --show, --attend, --json, --video or --temperature"),
         (flags.web and (one_shot or flags.questions),
          "--web takes images and questions in the browser; give none beside it"),
         ("-" in flags.image and not asked,
@@ -179,8 +184,7 @@ def answer_file(model, arguments, asked, load):
     answers = answer_many(model, asked, load, generate_with(model, arguments), arguments.max_tiles, arguments.max_new_tokens,
                           arguments.batch)
     for (_, sources), answer in zip(asked, answers):
-        named = {"images": sources} if arguments.folder else {}
-        print(json.dumps(answer | named, ensure_ascii=False), file=out, flush=True)
+        print(json.dumps(answer | {"images": sources}, ensure_ascii=False), file=out, flush=True)
 
 
 def answer_split(model, arguments):

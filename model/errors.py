@@ -1,5 +1,6 @@
 """What a user can cause, told in one line: what was found, what was expected, what to do."""
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,12 +29,18 @@ def warn(text):
 def run(main):
     """Call `main()`; an `InputError` ends the program with its line on standard error and exit status 2."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)   # here, not when Python ends: whoever read it may be gone
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)                   # as a shell counts a program ended by Ctrl-C
+    except BrokenPipeError:             # as in `... | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # for what Python flushes when it ends
+        sys.exit(141)                   # as a shell counts a program ended by SIGPIPE
 
 
 def whole_number(smallest, largest=2 ** 63 - 1):

@@ -89,7 +89,10 @@ def read_entry(entry):
                          "expected one of the formats in README.md")
     if entry.get("video") or entry.get("videos"):
         raise InputError("a video; only images are read")
-    system, turns = take_turns(FORMATS[told_by](entry))
+    try:
+        system, turns = take_turns(FORMATS[told_by](entry))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(f"{type(error).__name__}: {error}; expected a row of the format known by its key {told_by}") from error
     listed = entry.get("image") or entry.get("images") or []
     if told_by == "food_meta":
         listed = entry["food_meta"].get("food_file") if isinstance(entry["food_meta"], dict) else entry["food_meta"]
@@ -123,8 +126,8 @@ def take_turns(said):
         if SPEAKERS[speaker] != ("user", "assistant")[number % 2]:
             raise InputError(f"{speaker} speaks where {('a question', 'an answer')[number % 2]} is expected; "
                              "questions and answers take turns")
-        if number % 2 and not text.strip():
-            raise InputError("an empty answer: nothing could be learned from it")
+        if not text.strip():
+            raise InputError("an empty answer: nothing could be learned from it" if number % 2 else "an empty question")
     if not said or len(said) % 2:
         raise InputError("the last turn is no answer; expected questions and answers to take turns")
     return system, [(question, answer) for (_, question), (_, answer) in zip(said[::2], said[1::2])]

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from model.chat import describe, without_beginning
-from model.errors import InputError
+from model.errors import InputError, warn
 from model.language import Cache
 from model.prompt import PLACEHOLDER, clean, conversation_prompt, page_prompt
 from model.tiling import tile_page
@@ -61,8 +61,9 @@ def go_on(path, asked):
         if path.exists():                                   # an interrupted run may leave half a line
             data = path.read_bytes()
             data = data[:data.rfind(b"\n") + 1]
-            answered = [json.loads(line)["question"] for line in data.splitlines()]
-            if answered != [question for question, _ in asked[:len(answered)]]:
+            answered = [json.loads(line) for line in data.splitlines()]
+            of_answered = [(line["question"], line.get("images", images)) for line, (_, images) in zip(answered, asked)]
+            if len(answered) > len(asked) or of_answered != asked[:len(answered)]:
                 raise ValueError("they are not the first of these questions")
             os.truncate(path, len(data))
         else:
@@ -72,7 +73,7 @@ def go_on(path, asked):
         raise InputError(f"{path}: its answers cannot be gone on with ({error}); give another --out") from error
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenPage:
     """A page that questions are asked about."""
     key: tuple                                  # what tells pages apart, see `by_page`
@@ -86,17 +87,27 @@ def answer_many(model, asked, load_images, generate, max_tiles=12, max_new_token
     `load_images`: a source -> its Pillow images. `generate`: (pages, caches=...) -> steps, as `model.generate.generate` with
     its model and settings. `max_tiles`: tiles an image may be cut into. `max_new_tokens`: of `generate`'s settings, the longest
     answer. `batch`: questions answered at once.
-    Raises InputError for an image that cannot be read and for what the model has no positions for.
+    A question whose image cannot be read, or that the model has no positions for, is named on standard error and gets
+    {"question", "error"} in place of its answer; the others are answered.
     """
     order, results, told, page = by_page(asked), {}, 0, None
     for start in range(0, len(order), batch):
-        together = []
-        for key, group in itertools.groupby(order[start:start + batch], key=lambda place: place[0]):
-            if page is None or page.key != key:             # else the batch before has read it
-                page = open_page(model, key, load_images, max_tiles)
-            together.append((page, [asked[number][0] for _, number in group]))
-        answers = answer_batch(model, together, generate, max_new_tokens)
-        results |= {number: answer for (_, number), answer in zip(order[start:], answers)}
+        ready = []                                          # (page, number)
+        for key, number in order[start:start + batch]:
+            question = asked[number][0]
+            try:
+                if page is None or page.key != key:         # else the batch before has read it
+                    page = open_page(model, key, load_images, max_tiles)
+                write_prompt(model, page.tiles, [question], max_new_tokens)
+                ready.append((page, number))
+            except InputError as error:
+                reason = " ".join(str(error).split())
+                warn(f"{', '.join(key[0]) or question[:60]}: {reason}; not answered")
+                results[number] = {"question": question, "error": reason}
+        together = [(page, [asked[number][0] for _, number in group])
+                    for page, group in itertools.groupby(ready, key=lambda place: place[0])]
+        answers = answer_batch(model, together, generate, max_new_tokens) if together else []
+        results |= {number: answer for (_, number), answer in zip(ready, answers)}
         while told in results:
             yield results.pop(told)
             told += 1

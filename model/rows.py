@@ -68,6 +68,8 @@ def named_parts(data):
     """'a.jsonl=2,owner/name' -> [('a.jsonl', 2.0), ('owner/name', 1.0)]."""
     parts = []
     for name in [data] if Path(data).exists() else data.split(","):
+        if not name.strip():
+            raise InputError(f"{data!r}: one of its names is empty; expected names with a comma between each two")
         begin, _, weight = name.rpartition("=")
         if Path(name).exists() or not begin:
             parts.append((name, 1.0))
@@ -130,11 +132,11 @@ def held_out(rows):
 
 def open_hub_rows(data, split):
     """The rows of one data set in Hub layout. See `open_rows`."""
+    name, config = hub_name(data)
     try:
         import datasets
     except ImportError as error:
         raise InputError("reading rows needs the package datasets: pip install datasets") from error
-    name, config = hub_name(data)
     try:
         builder = retried(lambda: datasets.load_dataset_builder(name, config))
         rows = retried(lambda: builder.as_streaming_dataset(split=split))
@@ -163,7 +165,7 @@ def hub_name(data):
     if Path(data).exists():
         return data, None
     name, _, config = data.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith((".json", ".jsonl", ".parquet")):
         raise InputError(f"{data}: not found; expected a local folder in Hub layout, a file, a Hub id like owner/name, "
                          "or synthetic")
     return name, config or None

@@ -98,15 +98,23 @@ def earlier_answers(path, settings):
 
 
 def write_predictions(path, answers):
-    """The challenge's submission format, a line a question; written aside and renamed, so that the file is always whole."""
+    """The challenge's submission format, a line a question. Raises InputError."""
     lines = [json.dumps({"questionId": line["questionId"], "answer": line["answer"]}, ensure_ascii=False) for line in answers]
-    new = path.with_name(path.name + ".new")
-    new.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def write_settings(path, what, indent=None):
-    beside(path).write_text(json.dumps(what, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(beside(path), json.dumps(what, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_whole(path, text):
+    """Written aside and renamed, so that the file is always whole. Raises InputError where that is not possible."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then repeat the command") from error
 
 
 def beside(path):

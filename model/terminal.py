@@ -89,6 +89,8 @@ def obey(chat, line, load_images):
     """Do what a /command says; returns what there is to tell. Raises InputError."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
+    if command in ("/image", "/video") and rest == "-":
+        raise InputError(f"{line}: standard input is where the questions come from; give a path or an address")
     if command == "/image" and rest:
         for image in load_images(rest):
             chat.add_image(image)

@@ -171,6 +171,15 @@ def test_data_that_cannot_be_used_is_refused(tmp_path):
         list(PageStream([]))
 
 
+@pytest.mark.parametrize("name, message", [
+    *((name, f"^{name}: not found; expected a local folder") for name in ("data/my.jsonl", "data/my.json", "data/a.parquet", "../data", "./data", "/no/data")),
+    ("", "one of its names is empty"), ("synthetic,,data/my.jsonl", "one of its names is empty"), ("synthetic, ", "one of its names is empty")])
+def test_a_mistyped_name_is_refused_without_asking_the_hub(monkeypatch, name, message):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=message):
+        open_rows(name, "train")
+
+
 def test_bad_pages_are_named(tiny):
     [good] = gather(page_rows(1))
     prepare = Examples(tiny, 4, max_length=400)

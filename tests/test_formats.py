@@ -2,17 +2,21 @@
 import collections
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from commands import call, data, refuses, train
+from conftest import ROOT
 from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
-from model.formats import read_entry, read_file
+from model.formats import FORMATS, read_entry, read_file
 from model.prompt import conversation_prompt
 from model.tiling import read_image, tile_page
 from model.tiny.pages import draw_page
@@ -244,6 +248,7 @@ MALFORMED = [                           # a line, and what is told of it
     (chat(Q, Q, A), "human speaks where an answer is expected"), (chat(Q, A, A), "gpt speaks where a question is expected"),
     (chat(Q), "the last turn is no answer"), (chat(Q, A, Q), "the last turn is no answer"), (chat(("system", "x")), "the last turn is no answer"),
     (chat(Q, ("system", "x"), A), "system speaks where an answer is expected"),
+    (chat(("human", " "), A), "an empty question"), ({"query": "", "response": "x"}, "an empty question"), ({"question": "", "answer": "x"}, "an empty question"),
     (chat(Q, ("gpt", "")), "an empty answer"), (chat(Q, ("gpt", " \n")), "an empty answer"), (chat(Q, ("gpt", None)), "turn 2 is missing; expected text"),
     (chat(("human", 5), A), "turn 1 is 5; expected text"), (chat(("human", ["x"]), A), 'turn 1 is ["x"]; expected text'),
     ('{"query": "\\ud800", "response": "x"}', "turn 1 is not UTF-8 at its character 1"), (b'{"query": "caf\xe9", "response": "x"}', "turn 1 is not UTF-8 at its character 4"),
@@ -277,6 +282,14 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     for number, (line, (_, reason)) in enumerate(zip(told, MALFORMED)):
         assert line.startswith(f"{tmp_path / 'bad.jsonl'}:{3 * number + 2}: ") and reason in line, (line, reason)
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
+
+
+def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: [("user", entry["ask"]), ("assistant", entry["say"][0])])
+    (tmp_path / "own.jsonl").write_text(jsonl([{"ask": "What?", "say": ["This."]}, {"ask": "What?"}, {"ask": "What?", "say": []}, {"ask": "What?", "say": None}]))
+    lines = call(data, capsys, monkeypatch, "check", tmp_path / "own.jsonl")[1].splitlines()
+    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format known by its key ask", "IndexError", "TypeError")), 2):
+        assert f"own.jsonl:{number}: {reason}" in line
 
 
 @pytest.mark.parametrize("text, line, reason", [
@@ -332,6 +345,15 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
                                                      "--out", gone)
 
 
+def test_output_that_nobody_reads_any_more_ends_quietly(files, tmp_path):
+    for command in (("show", files["llava.json"], 2, "--out", tmp_path / "tiles.png"), ("check", files["llava.json"])):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "data.py", *map(str, command)], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+        os.close(writer)
+        assert done.returncode == 141 and not [line for line in done.stderr.splitlines() if "embedded model" not in line], done.stderr
+
+
 def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, monkeypatch):
     folder, _ = asked
     text = jsonl([{"query": "Who are you?", "response": "a model"}, {"images": [str(folder / "page 0.png")] * 2, "query": "Same?", "response": "yes"}])
@@ -357,7 +379,6 @@ def test_pages_without_any_image_train_nothing_of_the_projector_and_do_not_stop_
 
 
 def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
-    import os
     (tmp_path / "a.jsonl").write_text(jsonl([{"query": "a", "response": "b"}]))
     first = read_file(tmp_path / "a.jsonl")
     assert read_file(tmp_path / "a.jsonl") is first

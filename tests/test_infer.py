@@ -120,6 +120,19 @@ def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_
     ask(*flags)
     assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
     assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
+    (scans / "1.png").rename(scans / "3.png")                                                   # the same question about other images
+    assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+
+
+def test_answers_to_a_file_of_questions_say_their_images_and_are_gone_on_with(ask, page, tmp_path):
+    asked, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text(json.dumps({"question": "What?", "images": "page.png"}) + '\n{"question": "Why?"}\n')
+    ask("--questions", asked, "--out", out)
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["images"] for line in whole] == [[str(page)], []]
+    out.write_text(json.dumps({"question": "What?", "answer": "older, without its images"}) + "\n")
+    ask("--questions", asked, "--out", out)
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["What?", "Why?"]
 
 
 def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):
@@ -138,6 +151,23 @@ def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypat
     for result, (question, images) in zip(results, asked):
         alone = json.loads(ask(*[flag for i in images for flag in ("--image", tmp_path / i)], "--json", question))
         assert (result["tokens"], result["prompt_tokens"]) == (alone["tokens"], alone["prompt_tokens"])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_one_broken_image_is_named_and_the_others_are_answered(folder, page, tmp_path, capsys, monkeypatch, batch):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 6, "--batch", batch)
+    asked = [("A?", "page.png"), ("B?", "broken.png"), ("word " * 10_000, "page.png"), ("C?", "page.png"), ("D?", "broken.png")]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "images": i}) for q, i in asked))
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--questions", tmp_path / "q.jsonl")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [(line["question"], line["images"]) for line in results] == [(q, [str(tmp_path / i)]) for q, i in asked]
+    assert ["as an image" in line.get("error", "") for line in results] == [False, True, False, False, True]
+    assert "exceed the model's 2048" in results[2]["error"] and all(results[i]["tokens"] for i in (0, 3))
+    assert "broken.png" in err and "not answered" in err
+    status, out, _ = call(infer, capsys, monkeypatch, *flags, "--folder", tmp_path, "A?")
+    bad, good = map(json.loads, out.splitlines())
+    assert status == 0 and "error" in bad and good["tokens"] == results[0]["tokens"]
 
 
 def test_a_question_asked_twice_is_answered_twice(ask, page, tmp_path):
@@ -165,7 +195,7 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
+    ("/image -", "standard input is where the questions come from"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
     ("/settings width 3", "width: no setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
@@ -235,6 +265,10 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--folder", "nowhere"), "give one, and no --image"),
     (("--out", "x.jsonl", "What?"), "--out is for the answers"),
     (("--image", "-"), "give a QUESTION beside it"),
+    *((("--image", "PAGE", "--explain", "x.html", *more, "What?"), "give no --show, --attend, --json, --video")
+      for more in (("--show", "x.png"), ("--attend", "x.png"), ("--json",), ("--video", "x.gif"), ("--temperature", "1"))),
+    (("--questions", "x.jsonl", "--out", "nodir/o.jsonl"), "nodir/o.jsonl: there is no folder nodir; make it first"),
+    (("--evaluate", "x", "--predictions", "nodir/p.json"), "nodir/p.json: there is no folder nodir; make it first"),
     (("--video", "nowhere.gif", "What?"), "cannot be read as an animation"),
     (("--questions", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
     (("--evaluate", "nowhere"), "nowhere: not found"),
@@ -293,6 +327,12 @@ def test_an_interrupted_evaluation_goes_on(ask, split, tmp_path, monkeypatch, fo
     assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
     assert "begun with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
     assert "not those of" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+
+
+def test_predictions_that_cannot_be_written_are_one_line(folder, split, tmp_path, capsys, monkeypatch):
+    (tmp_path / "p.json.new").mkdir()
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "--evaluate", split, "--predictions", tmp_path / "p.json")
+    assert f"{tmp_path / 'p.json'}: cannot be written (Is a directory)" in refuses(infer, capsys, monkeypatch, *flags)
 
 
 def mislabelled(tmp_path):

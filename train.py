@@ -362,7 +362,8 @@ def main():
     training.model.save_pretrained(folder)
     print(f"{state['step']} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, "
           f"{skips.count(skips.TOO_LONG)} questions too long, {skips.count(skips.UNANSWERED)} without an answer; "
-          f"{state['split_pages']} pages split by the look-ahead; most memory of the process: {peak_gb(settings.device):.2f} GB")
+          f"{state['split_pages']} pages split by the look-ahead; most memory of the process: "
+          f"{peak_gb(settings.device):.2f} GB")
     print(what_next(folder))
 
 

@@ -199,7 +199,8 @@ def see(run, drawn, max_tiles):
     yield section("1. The page and its grid", "<code>model/tiling.py</code>, choose_grid", f"""
 <p>The vision encoder sees squares of {size} x {size} pixels only, so the page is cut. It is {width} x {height} pixels, width to
 height {width / height:.3f}. Of all grids with at most {count(max_tiles, "cell")}, {columns} x {rows} ({columns / rows:.3f}) is
-nearest (one with more cells of the same ratio only if the page has more than half its pixels): the page is resized to {columns * size} x {rows * size}.</p>""", embedded(drawn["page"], "the page with its grid"))
+nearest (one with more cells of the same ratio only if the page has more than half its pixels): the page is resized to
+{columns * size} x {rows * size}.</p>""", embedded(drawn["page"], "the page with its grid"))
     yield section(f"2. {count(n, 'tile')}", "<code>model/tiling.py</code>, tile_page", f"""
 <p>The cells, row by row{thumbnail}. The page is now {shape(n, 3, size, size)}: tiles, colours, rows and columns of pixels, each
 a byte.</p>""", embedded(drawn["tiles"], "the tiles, numbered", 600))
@@ -213,7 +214,8 @@ Here is tile {number}, the cell of the grid that the answer looked at most.</p>"
 the language model: {shape(n, grid ** 2, seen)} &rarr; {shape(n, tokens, seen * config.shuffle ** 2)} &rarr;
 {shape(n, tokens, config.language.width)}. Below, the {side} x {side} tokens of tile {number}. Their {config.language.width}
 numbers cannot be seen, but their three strongest directions can, as red, green and blue: what differs in colour differs for
-the language model; equal colours may still differ in the other directions.</p>""", embedded(drawn["tokens"], f"tile {number}'s image tokens"))
+the language model; equal colours may still differ in the other directions.</p>""",
+                  embedded(drawn["tokens"], f"tile {number}'s image tokens"))
 
 
 def read(run):
@@ -232,10 +234,11 @@ space, \u23ce the end of a line; what the system says is InternVL2's own sentenc
 prefix and itself. A second question about this page would be a second branch and begin at position {start:,} too:</p>
 <div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
     yield section("6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
-<p>If this were a training example with this answer: the {len(run.learned)} <span class='token learned'>green</span> tokens
+<p>If this were a training example with this answer, which is the model's own, right or not: the {len(run.learned)}
+<span class='token learned'>green</span> tokens
 above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each
 green token is predicted from what stands before it; the loss is the mean of &minus;log(probability) over them,
-here {loss:.4f}. (The answer is the model's own, right or not.)</p>""")
+here {loss:.4f}.</p>""")
 
 
 def token_row(run, start, stop):
@@ -261,10 +264,10 @@ def answer(run, drawn):
         names[-1], undrawn = "thumbnail", "; the thumbnail is not drawn"
     shares = ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
     yield section("7. The answer, token by token", "<code>model/language.py</code>, <code>model/generate.py</code>", f"""
-<p>{run.chat.model.config.language.layers} blocks let each token look back at those it may see, and add what it finds
-there. At the end the language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the {count(a, "place")}
-where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} likeliest are
-shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn,
+<p>{language.layers} blocks let each token look back at those it may see, and add what it finds
+there. At the end the language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the
+{count(a, "place")} where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}.
+The {LIKELIEST} likeliest are shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn,
 or until the answer is as long as it may be.</p>""", drawn["answer"])
     yield section("8. Where it looked", "<code>model/show.py</code>", f"""
 <p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this

@@ -33,7 +33,8 @@ def read_questions(path):
         try:
             if line.strip():
                 entry = json.loads(line)
-                images = [entry["images"]] if isinstance(entry.get("images"), str) else entry.get("images") or []
+                images = entry.get("images") or entry.get("image") or []
+                images = [images] if isinstance(images, str) else images
                 # a path is taken from here or, if there is no such file, from beside the questions
                 images = [str(path.parent / i) if "://" not in i and not Path(i).exists() else i for i in images]
                 if not entry["question"].strip():

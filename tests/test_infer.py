@@ -126,7 +126,7 @@ def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_
 
 def test_answers_to_a_file_of_questions_say_their_images_and_are_gone_on_with(ask, page, tmp_path):
     asked, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
-    asked.write_text(json.dumps({"question": "What?", "images": "page.png"}) + '\n{"question": "Why?"}\n')
+    asked.write_text(json.dumps({"question": "What?", "image": "page.png"}) + '\n{"question": "Why?"}\n')
     ask("--questions", asked, "--out", out)
     whole = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["images"] for line in whole] == [[str(page)], []]

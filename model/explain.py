@@ -235,8 +235,8 @@ prefix and itself. A second question about this page would be a second branch an
 <div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
     yield section("6. What would be learned", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
 <p>If this were a training example with this answer, which is the model's own, right or not: the {len(run.learned)}
-<span class='token learned'>green</span> tokens
-above, the answer and the end of the turn. The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each
+<span class='token learned'>green</span> tokens above, the answer and the end of the turn.
+The other {len(prompt.ids) - len(run.learned):,} are read, not learned. Each
 green token is predicted from what stands before it; the loss is the mean of &minus;log(probability) over them,
 here {loss:.4f}.</p>""")
 
@@ -267,8 +267,8 @@ def answer(run, drawn):
 <p>{language.layers} blocks let each token look back at those it may see, and add what it finds
 there. At the end the language model makes a probability for each of its {language.vocabulary:,} tokens, at each of the
 {count(a, "place")} where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}.
-The {LIKELIEST} likeliest are shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until the end of the turn,
-or until the answer is as long as it may be.</p>""", drawn["answer"])
+The {LIKELIEST} likeliest are shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until
+the end of the turn, or until the answer is as long as it may be.</p>""", drawn["answer"])
     yield section("8. Where it looked", "<code>model/show.py</code>", f"""
 <p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this
 attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is

@@ -32,7 +32,7 @@ from model.errors import OneLineParser, run, whole_number
 from model.formats import read_file
 from model.network import fetch
 from model.prompt import INSTRUCTION, Prompt, branches_prompt
-from model.rows import count_rows, is_synthetic, named_parts, numbered, open_rows       # noqa: F401: also for those who train
+from model.rows import count_rows, named_parts, numbered, open_rows      # noqa: F401: some only for those who train
 from model.show import show_example
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 

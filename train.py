@@ -21,12 +21,13 @@ from model import InputError, InternVL
 from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint, save_checkpoint,
                               write_text)
 from model.errors import run, warn
+from model.export import export
 from model.generate import generate
 from model.lora import add_adapters
 from model.memory import peak_gb, step_gb
 from model.recipes import RECIPES
-from model.runs import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples, export,
-                        keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next, write_samples)
+from model.runs import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples, keep_lines,
+                        kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next, write_samples)
 from model.score import anls, exact_match
 from model.settings import PARTS, parse_settings
 

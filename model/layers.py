@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Linear(nn.Linear):
-    """x W^T + b. A single row, a decoded token, is a matrix times a vector: in bfloat16 on a CPU a third faster as such."""
+    """x W^T + b. A single row, a decoded token, is a matrix times a vector: in bfloat16 on a CPU faster as such."""
 
     def __init__(self, *sizes, **more):
         super().__init__(*sizes, **more)

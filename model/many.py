@@ -93,22 +93,21 @@ def answer_many(model, asked, load_images, generate, max_tiles=12, max_new_token
     """
     order, results, told, page = by_page(asked), {}, 0, None
     for start in range(0, len(order), batch):
-        ready = []                                          # (page, number)
+        ready = []                                          # (page, number, tokens of its prompt alone)
         for key, number in order[start:start + batch]:
             question = asked[number][0]
             try:
                 if page is None or page.key != key:         # else the batch before has read it
                     page = open_page(model, key, load_images, max_tiles)
-                write_prompt(model, page.tiles, [question], max_new_tokens)
-                ready.append((page, number))
+                ready.append((page, number, len(write_prompt(model, page.tiles, [question], max_new_tokens).ids)))
             except InputError as error:
                 reason = " ".join(str(error).split())
                 warn(f"{', '.join(key[0]) or question[:60]}: {reason}; not answered")
                 results[number] = {"question": question, "error": reason}
-        together = [(page, [asked[number][0] for _, number in group])
+        together = [(page, [(asked[number][0], length) for _, number, length in group])
                     for page, group in itertools.groupby(ready, key=lambda place: place[0])]
         answers = answer_batch(model, together, generate, max_new_tokens) if together else []
-        results |= {number: answer for (_, number), answer in zip(ready, answers)}
+        results |= {number: answer for (_, number, _), answer in zip(ready, answers)}
         while told in results:
             yield results.pop(told)
             told += 1
@@ -137,19 +136,18 @@ def open_page(model, key, load_images, max_tiles):
 
 
 def answer_batch(model, together, generate, max_new_tokens):
-    """(page, its questions) pairs -> what `describe` says of each answer."""
-    pages = [unread(model, page, questions, max_new_tokens) for page, questions in together]
+    """(page, [(question, tokens of its prompt alone), ...]) pairs -> what `describe` says of each answer."""
+    pages = [unread(model, page, [question for question, _ in asked], max_new_tokens) for page, asked in together]
     started, steps, times = time.perf_counter(), [], []     # times: seconds to each step
     for step in generate(pages, caches=[page.cache for page, _ in together]):
         steps.append(step)
         times.append(time.perf_counter() - started)
-    asked = [(page.tiles, question) for page, questions in together for question in questions]
-    for (tiles, question), column in zip(asked, zip(*steps), strict=True):
+    questions = [(page.tiles, *question) for page, asked in together for question in asked]
+    for (tiles, question, length), column in zip(questions, zip(*steps), strict=True):
         tokens = [token for token in column if token is not None]
         n = len(tokens)
         speed = (n - 1) / (times[n - 1] - times[0]) if n > 1 else None
-        alone = write_prompt(model, tiles, [question], max_new_tokens)
-        yield describe(model, question, tokens, [len(t) for t in tiles], len(alone.ids), times[0], speed)
+        yield describe(model, question, tokens, [len(t) for t in tiles], length, times[0], speed)
 
 
 def unread(model, page, questions, max_new_tokens):

@@ -239,6 +239,8 @@ def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, 
     first = InternVL.from_pretrained(run / "checkpoints" / "step-0000001.safetensors", "cpu").state_dict()
     assert all(torch.equal(finished[name], last[name]) for name in finished)
     assert {name.split(".")[0] for name in finished if not torch.equal(finished[name], first[name])} == {"projector"}
+    assert call(train, capsys, monkeypatch, "--export", run / "model.safetensors", tmp_path / "of-file")[0] == 0
+    assert (tmp_path / "of-file" / "README.md").exists()
     (run / "model.safetensors").unlink()                                # an interrupted run: its latest checkpoint counts
     assert all(torch.equal(finished[name], tensor) for name, tensor in InternVL.from_pretrained(run, "cpu").state_dict().items())
     status, _, err = call(train, capsys, monkeypatch, "--export", run, tmp_path / "exported")

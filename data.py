@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from extras.formats import read_file
+from extras.pictures import show_example
+from extras.sources import count_rows, named_parts, numbered, open_rows  # noqa: F401: some only for those who train
 from model import InputError
 from model.checkpoint import CONFIG, find, load_tokenizer
 from model.config import Config
 from model.errors import OneLineParser, run, whole_number
-from model.formats import read_file
 from model.network import fetch
 from model.prompt import INSTRUCTION, Prompt, branches_prompt
-from model.rows import count_rows, named_parts, numbered, open_rows      # noqa: F401: some only for those who train
-from model.show import show_example
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square

@@ -20,20 +20,20 @@ import sys
 from pathlib import Path
 
 from data import Examples, gather, load_examples, load_image, open_rows
+from extras.chat_cli import SETTINGS, answer_one, converse, tell
+from extras.explain import explain
+from extras.int8 import to_int8
+from extras.many import answer_many, folder_questions, go_on, read_questions
+from extras.pictures import draw_attention, draw_tiles, save_picture
+from extras.score import SCORES
+from extras.split import evaluate
+from extras.video import read_video
+from extras.web import Server
 from model import InputError, InternVL
 from model.errors import OneLineParser, real_number, run, whole_number
-from model.explain import explain
 from model.generate import generate
-from model.int8 import to_int8
-from model.many import answer_many, folder_questions, go_on, read_questions
 from model.prompt import clean
-from model.score import SCORES
-from model.show import draw_attention, draw_tiles, save_picture
-from model.split import evaluate
-from model.terminal import SETTINGS, answer_one, converse, tell
 from model.tiling import read_image
-from model.video import read_video
-from model.web import Server
 
 PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
 

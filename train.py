@@ -17,19 +17,20 @@ import torch
 from tqdm import tqdm
 
 from data import Examples, PageStream, count_rows, load_examples, load_image, open_rows
+from extras.export import export
+from extras.memory import peak_gb, step_gb
+from extras.recipes import RECIPES
+from extras.run_folder import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples,
+                               keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next,
+                               write_samples)
+from extras.score import anls, exact_match
+from extras.settings import PARTS, parse_settings
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint, save_checkpoint,
-                              write_text)
+from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
+                              save_checkpoint, write_text)
 from model.errors import run, warn
-from model.export import export
 from model.generate import generate
 from model.lora import add_adapters
-from model.memory import peak_gb, step_gb
-from model.recipes import RECIPES
-from model.runs import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples, keep_lines,
-                        kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next, write_samples)
-from model.score import anls, exact_match
-from model.settings import PARTS, parse_settings
 
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")         # flags that are no settings of a run
 SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer

@@ -66,7 +66,7 @@ class Chat:
         self.waiting.append(self.picture(image, len(self.pictures) + 1))
 
     def add_video(self, frames):
-        """Show a video with the next question: its `frames`, Pillow images (see `model.video.read_video`), one tile each."""
+        """Show a video with the next question: its `frames`, Pillow images (see `extras.video.read_video`), one tile each."""
         self.waiting += [self.cut(frame, 1, f"Frame{i}: ") for i, frame in enumerate(frames, 1)]
 
     def picture(self, image, number):

@@ -96,7 +96,9 @@ def load(build, name, device=None, dtype=None, seed=None):
         tensors, stored = read_tensors(folder / WEIGHTS, expected, device, dtype)
         model.load_state_dict(tensors, assign=True)
     else:
-        from model.internvl import initialise                       # only here: internvl.py imports this file
+        from model.internvl import (
+            initialise,  # only here: internvl.py imports this file
+        )
         check_size(build, config, folder)
         model = build(config)
         initialise(model, seed)
@@ -171,7 +173,12 @@ def read_settings(run):
 def download(name, files):
     """Bring a model's files from the Hub into its cache; return the folder. Raises InputError where they cannot be had."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
     try:
         return Path(retried(lambda: snapshot_download(name, allow_patterns=list(files))))
     except RepositoryNotFoundError as error:

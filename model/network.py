@@ -18,7 +18,9 @@ FETCH_SECONDS, FETCH_BYTES = 20, 50_000_000     # longest time and largest size 
 
 def is_trouble(error):
     """Whether an error may go away by itself: a network that refuses, stalls or breaks off, a Hub that is overloaded."""
-    from huggingface_hub.errors import HTTPError                        # of the HTTP library that this release uses
+    from huggingface_hub.errors import (
+        HTTPError,  # of the HTTP library that this release uses
+    )
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500

@@ -3,9 +3,9 @@
 InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture": pixel shuffle, then an MLP. 4,482,816 parameters in
 InternVL2-1B, the only ones that move in the default run.
 """
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-import torch.nn.functional as F
 
 from model.layers import LayerNorm, Linear
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from model import InternVL
 from model.generate import generate
-from model.int8 import to_int8
+from extras.int8 import to_int8
 from model.prompt import conversation_prompt, page_prompt
 from model.tiling import tile_page
 from reference import randomise, reference_model, reference_pixels

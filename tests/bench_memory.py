@@ -30,9 +30,9 @@ from model import InternVL, internvl
 from model.config import Config
 from model.lora import add_adapters
 from model.prompt import Prompt
-from model.memory import peak_gb
-from model.recipes import RECIPES
-from model.runs import read_lines
+from extras.memory import peak_gb
+from extras.recipes import RECIPES
+from extras.run_folder import read_lines
 from train import PARTS, accumulate_gradients, choose_parts
 
 IMAGE, ANSWER, QUESTIONS = 7, 6, 4              # an id for image tokens; tokens of an answer; questions of a page, as in DocumentVQA

@@ -27,7 +27,7 @@ import transformers
 
 from data import INSTRUCTION
 from model import InternVL
-from model.memory import held_gb, peak_gb, step_gb
+from extras.memory import held_gb, peak_gb, step_gb
 from model.prompt import NOT_LEARNED, page_prompt
 from reference import randomise, reference_model, reference_pixels
 from train import choose_parts, make_optimizer

@@ -29,11 +29,11 @@ from data import gather, open_rows
 from model import InternVL
 from model.generate import generate
 from model.prompt import page_prompt
-from model.score import anls, exact_match
+from extras.score import anls, exact_match
 from model.tiling import read_image, tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
-from model.runs import plotting, read_lines
+from extras.run_folder import plotting, read_lines
 
 
 def answers(model, tiles, questions):

@@ -32,7 +32,8 @@ def main():
         os.environ |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
         import data
         import train
-        from model import network, rows
+        from extras import sources as rows
+        from model import network
         from model.errors import run
         network.retried.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
         data.shuffled.__defaults__ = (8,)                           # pages held, so that training begins before all rows are read

@@ -24,8 +24,8 @@ from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
 from model.prompt import page_prompt                                # noqa: E402
 from model.tiling import read_image, tile_page                      # noqa: E402
-from model.memory import peak_gb                                         # noqa: E402
-from model.runs import Skips                                             # noqa: E402
+from extras.memory import peak_gb                                         # noqa: E402
+from extras.run_folder import Skips                                             # noqa: E402
 
 
 def encode(image, kind, **more):

@@ -14,7 +14,7 @@ import draw_explain
 from commands import call, infer, refuses
 from conftest import ROOT
 from model import InternVL
-from model.explain import explain, follow
+from extras.explain import explain, follow
 from model.prompt import NOT_LEARNED, page_prompt
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page

@@ -16,7 +16,7 @@ from conftest import ROOT
 from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
-from model.formats import FORMATS, read_entry, read_file
+from extras.formats import FORMATS, read_entry, read_file
 from model.prompt import conversation_prompt
 from model.tiling import read_image, tile_page
 from model.tiny.pages import draw_page

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from model import InternVL
-from model.int8 import Int8Linear, to_int8
+from extras.int8 import Int8Linear, to_int8
 from model.layers import Linear
 
 

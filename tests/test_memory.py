@@ -4,7 +4,7 @@ import gc
 import pytest
 import torch
 
-from model.memory import QUESTIONS, saved_gb, step_gb
+from extras.memory import QUESTIONS, saved_gb, step_gb
 from train import choose_parts
 
 
@@ -44,5 +44,5 @@ def test_counting_leaves_nothing_behind(tiny):
 def test_a_page_shared_by_its_questions_is_kept_once(tiny, monkeypatch):
     choose_parts(tiny, "projector")
     shared = saved_gb(tiny, 4)
-    monkeypatch.setattr("model.memory.QUESTIONS", 1)
+    monkeypatch.setattr("extras.memory.QUESTIONS", 1)
     assert shared < 1.5 * saved_gb(tiny, 4) and QUESTIONS == 4

@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 
-import count_lines
 from commands import data, infer, train
 from conftest import ROOT
 
@@ -68,13 +67,3 @@ def test_the_chinese_readme_has_the_same_content():
         assert chinese[what] == english[what], what
     for target in re.findall(r"\]\(#([^)]+)\)", CHINESE):
         assert f'<a id="{target}"></a>' in CHINESE, target
-
-
-def test_the_lines_counted_are_the_lines():
-    reached = count_lines.reached(ROOT / "train.py", ROOT, set())
-    total = sum(count_lines.code_lines(path.read_text(encoding="utf-8")) for path in reached)
-    rooms = "settings rows config tiling prompt vision projector language layers internvl".split()
-    core = [ROOT / "train.py", ROOT / "data.py", *(ROOT / "model" / f"{room}.py" for room in rooms)]
-    step = sum(count_lines.code_lines(path.read_text(encoding="utf-8")) for path in core)
-    for text in (README, CHINESE):
-        assert f"{step:,} ({len(core)})" in text and f"{total:,}" in text and str(len(reached)) in text, (step, total, len(reached))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from model.score import anls, anls_challenge, anls_stvqa, exact_match, levenshtein, relaxed_accuracy, score_table
+from extras.score import anls, anls_challenge, anls_stvqa, exact_match, levenshtein, relaxed_accuracy, score_table
 
 
 def test_anls_of_the_fact_sheets_vectors():

@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageChops
 
 from model import InternVL
-from model.show import EDGE, attention, draw_attention, draw_tiles
+from extras.pictures import EDGE, attention, draw_attention, draw_tiles
 from model.tiny.pages import CELL, draw_page, glyph
 from reference import reference_model, reference_pixels
 

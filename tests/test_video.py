@@ -8,7 +8,7 @@ from conftest import SHARED
 from model import InputError
 from model.prompt import conversation_prompt
 from model.tiling import tile_page
-from model.video import frame_places, read_video
+from extras.video import frame_places, read_video
 from reference import reference_model
 from test_generate import reference_answer
 

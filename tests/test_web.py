@@ -7,7 +7,7 @@ import threading
 import pytest
 from PIL import Image
 
-from model.web import CHATS, UPLOAD_BYTES, Server
+from extras.web import CHATS, UPLOAD_BYTES, Server
 
 
 def png(width=200, height=100):

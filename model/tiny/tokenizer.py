@@ -8,7 +8,14 @@ system sentence, the words of the questions) is one token each, so that prompts 
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from model.prompt import END, IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, START, SYSTEM
 from model.tiny.pages import FIELDS

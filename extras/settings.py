@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from extras.recipes import LR, RECIPES, TINY_LR
+from extras.sources import is_synthetic, named_parts
 from model.checkpoint import read_settings
 from model.errors import OneLineParser, real_number, whole_number
 from model.lora import TARGETS
-from model.recipes import LR, RECIPES, TINY_LR
-from model.rows import is_synthetic, named_parts
 from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "lora", "llm", "vision")

@@ -12,8 +12,8 @@ import itertools
 import re
 from pathlib import Path
 
+from extras.formats import read_file
 from model.errors import InputError
-from model.formats import read_file
 from model.network import Patience, is_trouble, retried
 from model.tiny.pages import SyntheticRows
 

@@ -12,9 +12,9 @@ import sys
 
 from tqdm import tqdm
 
+from extras.score import score_table
 from model.chat import decode
 from model.errors import InputError, warn
-from model.score import score_table
 
 
 def evaluate(model, pages, load, write, generate, settings, batch=1, path=None):

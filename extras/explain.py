@@ -14,9 +14,9 @@ from itertools import groupby
 import torch
 from PIL import Image, ImageDraw
 
+from extras.pictures import as_image, attention, draw_attention, draw_tiles
 from model.chat import Chat, Picture
 from model.prompt import IMAGE_TOKEN, NOT_LEARNED, PLACEHOLDER, Prompt, branches_prompt, special_id
-from model.show import as_image, attention, draw_attention, draw_tiles
 
 LIKELIEST = 5                           # tokens shown of each distribution
 STYLE = """
@@ -269,7 +269,7 @@ there. At the end the language model makes a probability for each of its {langua
 {count(a, "place")} where the answer is predicted: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}.
 The {LIKELIEST} likeliest are shown, what the answer has in green. Greedy decoding takes the first, reads it and goes on until
 the end of the turn, or until the answer is as long as it may be.</p>""", drawn["answer"])
-    yield section("8. Where it looked", "<code>model/show.py</code>", f"""
+    yield section("8. Where it looked", "<code>extras/pictures.py</code>", f"""
 <p>Before it chooses, each token of the answer looks at all tokens before it. {percent(run.looked.sum().item())} of this
 attention, the mean over heads, layers and tokens of the answer, went to image tokens: {shares}. Red is
 where{undrawn}. It tells where the model looked, not why it answered what it did.</p>""",

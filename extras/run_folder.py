@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from extras.score import exact_match
 from model.checkpoint import CONFIG, SETTINGS, WEIGHTS, write_text
 from model.errors import InputError, warn
 from model.prompt import INSTRUCTION
-from model.score import exact_match
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 

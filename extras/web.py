@@ -13,8 +13,8 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+from extras.pictures import draw_tiles
 from model.errors import InputError
-from model.show import draw_tiles
 from model.tiling import read_image
 
 UPLOAD_BYTES, QUESTION_BYTES = 50_000_000, 200_000      # largest image and question that are taken

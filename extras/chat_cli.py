@@ -11,9 +11,9 @@ import json
 import re
 import sys
 
+from extras.video import read_video
 from model.errors import InputError, real_number, whole_number
 from model.prompt import clean
-from model.video import read_video
 
 SETTINGS = {                                    # of an answer, each with its type
     "max_tiles": whole_number(1, 128), "max_new_tokens": whole_number(1), "temperature": real_number(0, 1000),
@@ -35,7 +35,7 @@ def converse(chat, load_images, as_json=False):
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):              # not on Windows, whose terminal has a history of its own
-            import readline                                 # noqa: F401: input() then has arrow keys and a history
+            import readline  # noqa: F401: input() then has arrow keys and a history
         tell(f"{pictures_shown(chat)}Ask; /help tells the commands, Ctrl-C stops an answer, Ctrl-D ends.")
     while (line := next_line(typed)) is not None:
         try:

@@ -8,11 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
+from extras.run_folder import METRICS, read_lines
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, export_adapter, read_settings
 from model.errors import InputError
 from model.internvl import InternVL
 from model.layouts import ADAPTER_CONFIG
-from model.runs import METRICS, read_lines
 
 CARD_FILE = "README.md"
 # told in a model card

@@ -31,9 +31,9 @@ from extras.sources import count_rows, named_parts, numbered, open_rows  # noqa:
 from model import InputError
 from model.checkpoint import CONFIG, find, load_tokenizer
 from model.config import Config
-from model.errors import OneLineParser, run, whole_number
+from model.errors import OneLineParser, run, int_in
 from model.network import fetch
-from model.prompt import INSTRUCTION, Prompt, branches_prompt
+from model.prompt import INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
 
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
@@ -61,7 +61,7 @@ class Page:
     epoch: int = 0
     index: int = 0                                              # place in the epoch's order
     refill: tuple = (0, 0)                                      # where to begin again to have this page and those after it
-    system: str | None = None                                   # as in `branches_prompt`
+    system: str | None = None                                   # as in `write_page`
     opening: list = field(default_factory=list)
     head: str | None = None
     max_tiles: int | None = None                                # if another than --max-tiles
@@ -72,7 +72,7 @@ class Page:
         return len(self.questions) >= MOST_QUESTIONS or sum(map(len, self.questions)) >= MOST_CHARACTERS
 
 
-def gather(rows, look_ahead=512, refill=(0, 0), answered=True):
+def group_rows_into_pages(rows, look_ahead=512, refill=(0, 0), answered=True):
     """Bring the rows of a page together; yield pages in the order of their first row.
 
     A row joins a page whose first row lies fewer than `look_ahead` rows before it, so no more than `look_ahead` rows are
@@ -82,7 +82,7 @@ def gather(rows, look_ahead=512, refill=(0, 0), answered=True):
     again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out
     if they are to be `answered`.
 
-    >>> [page.questions for page in gather([row("a", 1), row("b", 2), row("a", 3)])]
+    >>> [page.questions for page in group_rows_into_pages([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
     """
     count, start, *taken = refill
@@ -271,7 +271,7 @@ class PageStream:
     def gathered(self, refill, waiting):
         """The epoch's pages in file order; None stands for each of those before `refill`, which nobody will see again."""
         yield from itertools.repeat(None, refill[0])
-        for page in gather(self.rows, self.look_ahead, refill):
+        for page in group_rows_into_pages(self.rows, self.look_ahead, refill):
             waiting[page.refill[:2]] = page.refill
             yield page
 
@@ -320,7 +320,7 @@ class Example:
         return self
 
 
-class Examples(Dataset):
+class PageDataset(Dataset):
     """Turns a page into an example: decoded, tiled, tokenised. What a DataLoader's workers do."""
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
@@ -370,7 +370,7 @@ class Examples(Dataset):
         branches = [[(page.questions[i], page.answers[i]) for i in chain] for chain in chains]
         if asked is not None:
             branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
-        prompt, left_out = branches_prompt(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
+        prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
                                            page.system, page.opening, page.head)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
@@ -416,15 +416,15 @@ def parse_arguments():
     show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, "
                                       "which are learned")
     show_parser.add_argument("path", metavar="PATH", help="as in check")
-    show_parser.add_argument("number", type=whole_number(0), metavar="N",
+    show_parser.add_argument("number", type=int_in(0), metavar="N",
                              help="which example, counted from 0: a page with all its questions")
     show_parser.add_argument("--out", help="the picture's file (show-N.png)")
     for command in (check_parser, show_parser):
         command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights "
                              "(the embedded one; check then judges no lengths)")
-        command.add_argument("--max-tiles", type=whole_number(1, 128), default=12,
+        command.add_argument("--max-tiles", type=int_in(1, 128), default=12,
                              help="tiles a page may be cut into (%(default)s)")
-        command.add_argument("--max-length", type=whole_number(1), default=8192,
+        command.add_argument("--max-length", type=int_in(1), default=8192,
                              help="tokens of a question with its page (%(default)s)")
         command.add_argument("--allow-private", action="store_true",
                              help="fetch images from addresses of a private network too")
@@ -437,14 +437,15 @@ def make_examples(arguments):
     folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
-    return Examples(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
+    return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
 
 
 def check(path, examples, split):
     """Print file:line: reason for all that is wrong with some data, and a summary. Returns whether all is right."""
     parts = read_file(path) if Path(path).is_file() else []
     # of a file the whole is the look-ahead: an image is decoded once for all its rows
-    pages = [gather(part.rows, len(part.rows)) for part in parts] or [gather(open_rows(path, split))]
+    pages = ([group_rows_into_pages(part.rows, len(part.rows)) for part in parts]
+             or [group_rows_into_pages(open_rows(path, split))])
     problems = [problem for part in parts for problem in part.problems + part.remarks]
     rows = sum(part.entries for part in parts)
     counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
@@ -481,7 +482,7 @@ def main():
     examples = make_examples(arguments)
     if arguments.command == "check":
         sys.exit(not all([check(path, examples, arguments.split) for path in arguments.paths]))
-    pages = gather(open_rows(arguments.path, arguments.split, hold_out=False))
+    pages = group_rows_into_pages(open_rows(arguments.path, arguments.split, hold_out=False))
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
         raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")

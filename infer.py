@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-from data import Examples, gather, load_examples, load_image, open_rows
+from data import PageDataset, group_rows_into_pages, load_examples, load_image, open_rows
 from extras.chat_cli import SETTINGS, answer_one, converse, tell
 from extras.explain import explain
 from extras.int8 import to_int8
@@ -30,7 +30,7 @@ from extras.split import evaluate
 from extras.video import read_video
 from extras.web import Server
 from model import InputError, InternVL
-from model.errors import OneLineParser, real_number, run, whole_number
+from model.errors import OneLineParser, float_in, run, int_in
 from model.generate import generate
 from model.prompt import clean
 from model.tiling import read_image
@@ -65,8 +65,8 @@ def add_asked(group):
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page), - for standard input; may be given several times")
     group.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
-    group.add_argument("--frames", type=whole_number(1), default=8, help="frames seen of a video, one tile each (%(default)s)")
-    group.add_argument("--span", type=real_number(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
+    group.add_argument("--frames", type=int_in(1), default=8, help="frames seen of a video, one tile each (%(default)s)")
+    group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
 
@@ -80,7 +80,7 @@ def add_many(group):
     group.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
     group.add_argument("--predictions", metavar="FILE.json",
                        help="answers of --evaluate, as the challenge takes them; goes on where it was interrupted")
-    group.add_argument("--batch", type=whole_number(1), default=1,
+    group.add_argument("--batch", type=int_in(1), default=1,
                        help="questions, or pages of --evaluate, answered at once (%(default)s)")
 
 
@@ -109,7 +109,7 @@ def add_machine(group):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
     group.add_argument("--int8", action="store_true", help="weights of a byte: least memory, faster with bfloat16 on a CPU")
     group.add_argument("--web", action="store_true", help="the chat in a browser, for this machine alone")
-    group.add_argument("--port", type=whole_number(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
+    group.add_argument("--port", type=int_in(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
 
 
 def rules(flags):
@@ -193,12 +193,13 @@ def answer_split(model, arguments):
     settings = {name: getattr(arguments, name) for name in names} | {"dtype": str(model.dtype).split(".")[-1]}
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
     max_length = model.config.language.max_positions - arguments.max_new_tokens
-    examples = Examples(model, arguments.max_tiles, max_length, arguments.allow_private)
+    examples = PageDataset(model, arguments.max_tiles, max_length, arguments.allow_private)
     workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
     load = functools.partial(load_examples, examples=examples, workers=workers)
     path = Path(arguments.predictions) if arguments.predictions else None
-    answers, table = evaluate(model, gather(rows, answered=False), load, examples.write, generate_with(model, arguments),
-                              settings, arguments.batch, path)
+    pages = group_rows_into_pages(rows, answered=False)
+    answers, table = evaluate(model, pages, load, examples.write, generate_with(model, arguments), settings,
+                              arguments.batch, path)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:

@@ -14,14 +14,15 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Examples, PageStream, count_rows, load_examples, load_image, open_rows
+from data import PageDataset, PageStream, count_rows, load_examples, load_image, open_rows
 from extras.export import export
 from extras.memory import peak_gb, step_gb
 from extras.recipes import RECIPES
-from extras.run_folder import (METRICS, SAMPLES, SKIPPED, Interruptions, Skips, append_line, draw_curve, draw_samples,
-                               keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, what_next,
+from extras.run_folder import (METRICS, SAMPLES, SKIPPED, Interruptions, SkipLog, append_line, draw_curve, draw_samples,
+                               keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, next_steps,
                                write_samples)
 from extras.score import anls, exact_match
 from extras.settings import PARTS, parse_settings
@@ -80,7 +81,7 @@ def make_optimizer(model, settings):
     return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), eps=1e-8, fused=settings.device.startswith("cuda"))
 
 
-def share_of_rate(fraction, settings):
+def lr_factor(fraction, settings):
     """Which share of the highest learning rate holds when `fraction` of the run, 0 to 1, is done."""
     if fraction < settings.warmup:
         return fraction / settings.warmup
@@ -100,7 +101,12 @@ def chunks(items, size):
 def training_steps(loader, skips, settings):
     """Yield the examples of one step after another; what is left over at the end of an epoch is a step of its own."""
     for _, examples in itertools.groupby(loader, key=lambda example: example.page.epoch):
-        yield from chunks(skips.keep(examples), settings.batch_pages * settings.accumulate)
+        yield from chunks(skips.filter(examples), settings.batch_pages * settings.accumulate)
+
+
+def answer_loss(logits, targets):
+    """Sum, in float32, of the answer tokens' negative log-likelihood. `logits` (A, V), `targets` int64 (A,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def accumulate_gradients(model, examples, batch_pages):
@@ -114,7 +120,8 @@ def accumulate_gradients(model, examples, batch_pages):
     step_loss = torch.zeros((), device=model.device)
     for micro_batch in chunks(examples, batch_pages):
         with memory_told(micro_batch):
-            loss = model.loss(model.pack([(example.tiles, example.prompt) for example in micro_batch])) / tokens
+            batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
+            loss = answer_loss(model(batch), batch.targets) / tokens
             if loss.requires_grad:              # not so where only the projector trains, and no page has an image
                 loss.backward()                 # adds to .grad; the micro-batch's activations are freed here
             step_loss += loss.detach()
@@ -132,13 +139,13 @@ def evaluate(model, examples):
     """
     model.eval()
     total, tokens, answers = 0.0, 0, []
-    prompts = Examples(model, max_length=None)
+    prompts = PageDataset(model, max_length=None)
     for example in examples:
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
         if len(tiles):
-            batch.image_tokens = model.see(batch.tiles)                 # seen once for the loss and for the answers
-        total += model.loss(batch).item()
+            batch.image_tokens = model.encode_images(batch.tiles)                 # seen once for the loss and for the answers
+        total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
         prompt, _ = prompts.write(page, example.tile_counts, asked=example.kept)
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
@@ -165,7 +172,7 @@ def load_model(settings):
                      settings.seed)
     choose_parts(model, settings.train)
     print_parts(model, settings)
-    model.vision.recompute = model.language.recompute = settings.checkpoint_activations
+    model.vision.gradient_checkpointing = model.language.gradient_checkpointing = settings.checkpoint_activations
     if settings.compile:
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
@@ -231,13 +238,13 @@ class Training:
             self.state, self.losses = begin(self.folder, settings, self.model, self.optimizer)
         self.first = self.saved = self.state["step"]
         self.whole = True                       # no step is half applied
-        self.skips = Skips(self.folder / SKIPPED)
+        self.skips = SkipLog(self.folder / SKIPPED)
         self.open_pages(rows, held_out)
 
     def open_pages(self, rows, held_out):
         """The steps' examples from where the run stands on, and the fixed pages to validate on."""
         settings, state = self.settings, self.state
-        examples = Examples(self.model, settings.max_tiles, settings.max_length, settings.allow_private)
+        examples = PageDataset(self.model, settings.max_tiles, settings.max_length, settings.allow_private)
         stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
                             start=(state["epoch"], state["index"], state["refill"]),
                             group=(examples.size, settings.batch_pages) if settings.group_by_length else None)
@@ -281,7 +288,7 @@ class Training:
         """One optimizer step -> its loss and the norm of its gradient, before clipping."""
         settings, step = self.settings, self.state["step"]
         middle = self.fraction_done(0.5, sum(example.page.rows for example in examples) / 2)
-        share = share_of_rate(middle, settings)
+        share = lr_factor(middle, settings)
         torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)         # dropout: a resumed run draws the same
         loss = accumulate_gradients(self.model, examples, settings.batch_pages)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -323,7 +330,7 @@ class Training:
     def validate(self, bar):
         """Measure on the fixed pages; write the line, the samples and both pictures."""
         folder, step = self.folder, self.state["step"]
-        measures, answers = evaluate(self.model, Skips().keep(self.validation))
+        measures, answers = evaluate(self.model, SkipLog().filter(self.validation))
         names = list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
         keep_lines(folder / SAMPLES, lambda line: line["step"] in self.losses)      # not those of one that was cut short
         write_samples(folder, step, [line for line in answers if line["page"] in names])
@@ -366,7 +373,7 @@ def main():
           f"{skips.count(skips.TOO_LONG)} questions too long, {skips.count(skips.UNANSWERED)} without an answer; "
           f"{state['split_pages']} pages split by the look-ahead; most memory of the process: "
           f"{peak_gb(settings.device):.2f} GB")
-    print(what_next(folder))
+    print(next_steps(folder))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import re
 import sys
 
 from extras.video import read_video
-from model.errors import InputError, real_number, whole_number
+from model.errors import InputError, float_in, int_in
 from model.prompt import clean
 
 SETTINGS = {                                    # of an answer, each with its type
-    "max_tiles": whole_number(1, 128), "max_new_tokens": whole_number(1), "temperature": real_number(0, 1000),
-    "top_p": real_number(1e-6, 1), "seed": whole_number(0)}
+    "max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
+    "top_p": float_in(1e-6, 1), "seed": int_in(0)}
 COMMANDS = """/image PATH|URL          show an image with the next question
 /video PATH              show a video with it
 /undo                    take the last question back; its images wait for the next one

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from extras.pictures import as_image, attention, draw_attention, draw_tiles
 from model.chat import Chat, Picture
-from model.prompt import IMAGE_TOKEN, NOT_LEARNED, PLACEHOLDER, Prompt, branches_prompt, special_id
+from model.prompt import IMAGE_TOKEN, IGNORE_INDEX, PLACEHOLDER, Prompt, write_page, special_id
 
 LIKELIEST = 5                           # tokens shown of each distribution
 STYLE = """
@@ -51,7 +51,7 @@ class Followed:
     @property
     def learned(self):
         """Places in the prompt of the answer and the end of its turn."""
-        return [i for i, label in enumerate(self.prompt.labels) if label != NOT_LEARNED]
+        return [i for i, label in enumerate(self.prompt.labels) if label != IGNORE_INDEX]
 
 
 def explain(model, image, question, max_tiles=12, max_new_tokens=64):
@@ -71,11 +71,11 @@ def follow(model, image, question, max_tiles=12, max_new_tokens=64):
     chat.ask(question, image)
     [turn], [picture] = chat.turns, chat.pictures
     head, image_place, rest = turn.question.partition(PLACEHOLDER)
-    prompt, _ = branches_prompt(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
                                 head=head + image_place)
     batch = model.pack([(torch.as_tensor(picture.tiles), prompt)])
     batch.image_tokens = picture.tokens
-    likely = model.language.head(model.read(batch, places=batch.answer_places)).float().softmax(-1).cpu()
+    likely = model(batch).float().softmax(-1).cpu()
     return Followed(chat, picture, prompt, likely, attention(chat).reshape(len(picture.tiles), -1).sum(1))
 
 
@@ -247,7 +247,7 @@ def token_row(run, start, stop):
     for _, places in groupby(range(start, stop), lambda i: -1 if prompt.ids[i] == image_id else i):
         places = list(places)
         i, last = places[0], places[-1]
-        kind = ("image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != NOT_LEARNED
+        kind = ("image" if prompt.ids[i] == image_id else "learned" if prompt.labels[i] != IGNORE_INDEX
                 else "branch" if prompt.branches[i] else "prefix")
         text, where = written(run, prompt.ids[i], None), f"{prompt.positions[i]}"
         if last > i:

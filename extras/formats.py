@@ -77,7 +77,7 @@ def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
     Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `opening` and
-    `head` as in `branches_prompt`; what else scores and predictions need.
+    `head` as in `write_page`; what else scores and predictions need.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -159,7 +159,7 @@ def place_images(turns, listed, first=0):
 
 
 def images_first(turns):
-    """-> (opening, head, rest of the turns), see `branches_prompt`; ([], None, turns) where the images simply come first.
+    """-> (opening, head, rest of the turns), see `write_page`; ([], None, turns) where the images simply come first.
 
     They do where they are all at the beginning, or all at the end, of the first question: on lines of their own, before what
     is left of it, so that rows about an image share a page. (LLaVA and XTuner move them to the beginning too.)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from model.chat import describe, without_beginning
 from model.errors import InputError, warn
-from model.language import Cache
-from model.prompt import PLACEHOLDER, clean, conversation_prompt, page_prompt
+from model.language import KVCache
+from model.prompt import PLACEHOLDER, clean, write_conversation, page_prompt
 from model.tiling import tile_page
 
 
@@ -79,7 +79,7 @@ class OpenPage:
     """A page that questions are asked about."""
     key: tuple                                  # what tells pages apart, see `by_page`
     tiles: list[np.ndarray]                     # of each image, uint8 (n, 3, 448, 448)
-    cache: Cache                                # what the model has read of it
+    cache: KVCache                                # what the model has read of it
 
 
 def answer_many(model, asked, load_images, generate, max_tiles=12, max_new_tokens=512, batch=1):
@@ -132,7 +132,7 @@ def open_page(model, key, load_images, max_tiles):
     config = model.config
     tiles = [tile_page(image, max_tiles, config.vision.tile_pixels, config.thumbnail)
              for source in key[0] for image in load_images(source)]
-    return OpenPage(key, tiles, Cache(config.language, 0, model.device, model.dtype))
+    return OpenPage(key, tiles, KVCache(config.language, 0, model.device, model.dtype))
 
 
 def answer_batch(model, together, generate, max_new_tokens):
@@ -154,7 +154,7 @@ def unread(model, page, questions, max_new_tokens):
     """The (tiles, prompt) of questions about a page, without the prefix if that was read for the batch before."""
     prompt = write_prompt(model, page.tiles, questions, max_new_tokens)
     read = prompt.branches.count(0) if len(page.cache.branches) else 0
-    page.cache.truncate(read)
+    page.cache.crop(read)
     tiles = np.concatenate(page.tiles) if page.tiles and not read else []
     return tiles, without_beginning(prompt, read)
 
@@ -163,7 +163,7 @@ def write_prompt(model, tiles, questions, max_new_tokens):
     """The prompt of questions about one page, to be answered. Raises InputError for what the model has no positions for."""
     counts, size, most = [len(t) for t in tiles], model.config.tokens_per_tile, model.config.language.max_positions
     if tiles and PLACEHOLDER in questions[0]:
-        prompt = conversation_prompt(model.tokenizer, size, counts, [(questions[0], None)])
+        prompt = write_conversation(model.tokenizer, size, counts, [(questions[0], None)])
     else:
         prompt, _ = page_prompt(model.tokenizer, size, counts, questions)
     longest = max(prompt.positions) + 1

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model.prompt import page_prompt
 
@@ -51,7 +52,8 @@ def saved_gb(model, tiles):
     prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles], [QUESTION] * QUESTIONS,
                             [ANSWER] * QUESTIONS)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model.loss(model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)]))
+        batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
+        loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")
     del loss                                                    # alive until here, so no storage was counted twice or reused
     return sum(saved.values()) / 1e9
 

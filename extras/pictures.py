@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from model.errors import InputError
-from model.language import look_back, rotate, rotation
+from model.language import apply_rotary, page_mask, rotary_cos_sin
 from model.prompt import IMAGE_TOKEN, special_id
 
 EDGE, LINE = 24, (220, 30, 30)           # EDGE: pixels around a tile of 128, more around larger ones
@@ -138,18 +138,18 @@ def attention(chat):
     ids = torch.tensor(chat.held[start:stop], device=model.device)
     positions = torch.arange(start, stop, device=model.device)
     places = [i for i, key in enumerate(chat.held) if not isinstance(key, int)]
-    cos, sin = rotation(positions, model.config.language.head_width, model.config.language.rope_theta, model.dtype)
+    cos, sin = rotary_cos_sin(positions, model.config.language.head_width, model.config.language.rope_theta, model.dtype)
     later = torch.arange(stop, device=model.device) > positions[:, None]
     x, total = language.embedding(ids).to(model.dtype), 0
-    cache.truncate(start)
-    page = look_back(torch.zeros(count, dtype=torch.long), cache, model.device)
+    cache.crop(start)
+    page = page_mask(torch.zeros(count, dtype=torch.long), cache, model.device)
     for layer, block in enumerate(language.blocks):
         query = rearrange(block.attention.query(block.attention_norm(x)), "l (h d) -> h l d", d=cos.shape[-1])
         keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)    # (H, L, d)
-        weight = rotate(query, cos, sin).float() @ keys.float().mT / cos.shape[-1] ** 0.5
+        weight = apply_rotary(query, cos, sin).float() @ keys.float().mT / cos.shape[-1] ** 0.5
         total = total + weight.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))                # (L,)
         x = block(x, cos, sin, [page])
-    cache.branches = page.held
+    cache.branches = page.key_branches
     return total[places].cpu() / len(language.blocks)
 
 

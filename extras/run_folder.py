@@ -51,7 +51,7 @@ def keep_lines(path, wanted):
     return lines
 
 
-class Skips:
+class SkipLog:
     """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used.
 
     `path`: a jsonl file that gets a line for each, and tells what was left out before.
@@ -70,7 +70,7 @@ class Skips:
     def count(self, what):
         return sum(line["count"] for line in self.lines if line["left_out"] == what)
 
-    def keep(self, examples):
+    def filter(self, examples):
         """Yield those examples of an epoch that can be used."""
         skipped, last = None, ""
         for example in examples:
@@ -173,7 +173,7 @@ def draw_curve(folder):
     pyplot.close(figure)
 
 
-def what_next(folder):
+def next_steps(folder):
     """What to look at and to type when a run has ended."""
     samples, named = read_lines(folder / SAMPLES), shlex.quote(str(folder))
     if not samples:

@@ -3,8 +3,8 @@
 The definitions of ANLS agree but for spaces in the answers and at a score of exactly 0.5:
 
     anls            the official evaluation of InternVL2, which the published figures come from
-    anls_stvqa      the evaluator class beside it, in the manner of ST-VQA: lengths are those of the normalised texts
-    anls_challenge  the challenge's formula, of normalised texts: what is half wrong counts as wrong, so 0.5 becomes 0
+    anls_stvqa      the evaluator class beside it, in the manner of ST-VQA: lengths are those of the normalized texts
+    anls_challenge  the challenge's formula, of normalized texts: what is half wrong counts as wrong, so 0.5 becomes 0
 
 Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; relaxed accuracy,
 "ChartQA" (arXiv 2203.10244), section "Evaluation"; the official eval/vqa.
@@ -12,26 +12,26 @@ Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section
 import math
 
 
-def normalise(text):
+def normalize(text):
     """Lower case, single spaces."""
     return " ".join(text.strip().lower().split())
 
 
 def exact_match(prediction, answers):
     """1.0 if the prediction is one of the answers but for case and spacing, else 0.0."""
-    return float(normalise(prediction) in map(normalise, answers))
+    return float(normalize(prediction) in map(normalize, answers))
 
 
 def anls(prediction, answers):
-    """1 - normalised Levenshtein distance to the nearest answer, 0 to 1; below 0.5 it counts as 0.
+    """1 - normalized Levenshtein distance to the nearest answer, 0 to 1; below 0.5 it counts as 0.
 
-    As in the official script the distance is taken between normalised texts, its norm is the longer of the texts as written.
+    As in the official script the distance is taken between normalized texts, its norm is the longer of the texts as written.
 
     >>> anls("abd", ["abc"])
     0.6666666666666667
     """
     longest = [max(len(answer.upper()), len(prediction.upper())) or 1 for answer in answers]
-    score = 1 - min(levenshtein(normalise(answer), normalise(prediction)) / n for answer, n in zip(answers, longest))
+    score = 1 - min(levenshtein(normalize(answer), normalize(prediction)) / n for answer, n in zip(answers, longest))
     return score if score >= 0.5 else 0.0
 
 
@@ -42,8 +42,8 @@ def anls_stvqa(prediction, answers):
 
 
 def anls_challenge(prediction, answers):
-    """As `anls`, but the norm is of the normalised texts, and a distance of half the length is already too far."""
-    distance = nearest(normalise(prediction), map(normalise, answers))
+    """As `anls`, but the norm is of the normalized texts, and a distance of half the length is already too far."""
+    distance = nearest(normalize(prediction), map(normalize, answers))
     return 1 - distance if distance < 0.5 else 0.0
 
 

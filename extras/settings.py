@@ -9,7 +9,7 @@ import torch
 from extras.recipes import LR, RECIPES, TINY_LR
 from extras.sources import is_synthetic, named_parts
 from model.checkpoint import read_settings
-from model.errors import OneLineParser, real_number, whole_number
+from model.errors import OneLineParser, float_in, int_in
 from model.lora import TARGETS
 from model.tiny.pages import DOMAINS
 
@@ -73,53 +73,53 @@ def add_data_flags(parser):
     flag("--train", type=part_names, default="projector",
          help="parts that train, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
     flag("--recipe", choices=RECIPES, help="set the flags as a published recipe does; those typed beside it win")
-    flag("--max-tiles", type=whole_number(1, 128), default=12,
+    flag("--max-tiles", type=int_in(1, 128), default=12,
          help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
-    flag("--max-length", type=whole_number(1), default=8192,
+    flag("--max-length", type=int_in(1), default=8192,
          help="tokens of a question with its page; longer ones are left out (%(default)s)")
     add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
     add_switch(group, "--allow-private", "fetch images from addresses of a private network too")
     add_switch(group, "--group-by-length", "micro-batches of pages of like size")
-    flag("--look-ahead", type=whole_number(1), default=512,
+    flag("--look-ahead", type=int_in(1), default=512,
          help="rows over which a page's questions are gathered (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
-    flag("--lora-rank", type=whole_number(1), default=16, help="width between the two matrices (%(default)s)")
-    flag("--lora-alpha", type=real_number(1e-6, 1e6), default=32.0,
+    flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
+    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0,
          help="what they add is multiplied by alpha / rank (%(default)s)")
-    flag("--lora-dropout", type=real_number(0, 0.999), default=0.05, help="of what they read, while training (%(default)s)")
+    flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="of what they read, while training (%(default)s)")
     flag("--lora-targets", type=target_names, default="llm",
          help="layers that get them, comma-separated: " + ", ".join(TARGETS) + " (%(default)s)")
 
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch and length of the run").add_argument
-    flag("--batch-pages", type=whole_number(1), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=whole_number(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
-    flag("--steps", type=whole_number(1), help="optimizer steps; with --epochs, the first one reached")
-    flag("--epochs", type=whole_number(1), help="times through the data (1 if --steps is not given)")
+    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
+    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, the first one reached")
+    flag("--epochs", type=int_in(1), help="times through the data (1 if --steps is not given)")
 
 
 def add_optimizer_flags(parser):
     flag = parser.add_argument_group("optimizer: AdamW, beta1 0.9").add_argument
     flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
          help="highest learning rate, or one a part (" + ", ".join(f"{part}={rate:g}" for part, rate in LR.items()) + ")")
-    flag("--beta2", type=real_number(0, 0.999999), default=0.999, help="how slowly the mean of squares moves (%(default)s)")
+    flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="how slowly the mean of squares moves (%(default)s)")
     flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="how it falls (%(default)s)")
-    flag("--warmup", type=real_number(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
-    flag("--weight-decay", type=real_number(0, 1000), default=0.01,
+    flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run in which it rises (%(default)s)")
+    flag("--weight-decay", type=float_in(0, 1000), default=0.01,
          help="of matrices, not of biases and norms; 0: none (%(default)s)")
-    flag("--clip", type=real_number(0, 1e9), default=1.0, help="largest norm of the gradient; 0: no clipping (%(default)s)")
+    flag("--clip", type=float_in(0, 1e9), default=1.0, help="largest norm of the gradient; 0: no clipping (%(default)s)")
 
 
 def add_file_flags(parser):
     flag = parser.add_argument_group("evaluation and files").add_argument
-    flag("--eval-every", type=whole_number(0), default=200, help="steps between validations; 0: none (%(default)s)")
-    flag("--eval-pages", type=whole_number(1), default=64, help="pages of the validation set, always the same (%(default)s)")
-    flag("--save-every", type=whole_number(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
-    flag("--keep", type=whole_number(1), default=5, help="newest checkpoints to keep, beside the best validated (%(default)s)")
+    flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
+    flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
+    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best validated (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
@@ -133,8 +133,8 @@ def add_machine_flags(parser):
     flag = group.add_argument
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
     flag("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    flag("--seed", type=whole_number(0), default=0, help="of the pages' order and of random weights (%(default)s)")
-    flag("--workers", type=whole_number(0), default=min(4, os.cpu_count() or 1),
+    flag("--seed", type=int_in(0), default=0, help="of the pages' order and of random weights (%(default)s)")
+    flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
     add_switch(group, "--checkpoint-activations",
                "keep a block's input alone and run it again in the backward pass: less memory, a third more work")
@@ -169,9 +169,9 @@ def domain_names(text):
 def learning_rates(text):
     """'4e-5' -> 4e-5; 'projector=1e-3,lora=1e-4' -> {'projector': 1e-3, 'lora': 1e-4}."""
     if "=" not in text:
-        return real_number(0, 1000)(text)
+        return float_in(0, 1000)(text)
     rates = [entry.split("=") for entry in text.split(",")]
-    return {part: real_number(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
+    return {part: float_in(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
 
 
 def choose_rates(parser, settings):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from extras.formats import read_file
 from model.errors import InputError
-from model.network import Patience, is_trouble, retried
+from model.network import Backoff, is_transient, retry
 from model.tiny.pages import SyntheticRows
 
 COLUMNS = ("image", "question", "answers")                              # what rows must have,
@@ -138,12 +138,12 @@ def open_hub_rows(data, split):
     except ImportError as error:
         raise InputError("reading rows needs the package datasets: pip install datasets") from error
     try:
-        builder = retried(lambda: datasets.load_dataset_builder(name, config))
-        rows = retried(lambda: builder.as_streaming_dataset(split=split))
+        builder = retry(lambda: datasets.load_dataset_builder(name, config))
+        rows = retry(lambda: builder.as_streaming_dataset(split=split))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
     except Exception as error:                          # classes differ by release
-        if is_trouble(error):
+        if is_transient(error):
             raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
                              "--data") from error
         if not isinstance(error, (ValueError, OSError)):
@@ -186,7 +186,7 @@ class ParquetRows:
 
     def numbered(self, start=0):
         """(number, row) of the rows from number `start` on."""
-        patience = Patience(PATIENCE)
+        patience = Backoff(PATIENCE)
         while True:
             try:
                 for number, row in self.read(start):
@@ -195,7 +195,7 @@ class ParquetRows:
                     yield number, row
                 return
             except Exception as error:                          # which classes come up from the network differs by release
-                if not is_trouble(error):
+                if not is_transient(error):
                     raise
                 if not patience.wait(error):
                     raise InputError(f"{self.data}: no answer from the network for {PATIENCE} seconds ({error}); "
@@ -234,9 +234,9 @@ class ParquetRows:
         """The number of rows, from the footers of the files."""
         from pyarrow import ArrowException
         try:
-            return sum(retried(lambda: self.open(file)).metadata.num_rows for file in self.files)
+            return sum(retry(lambda: self.open(file)).metadata.num_rows for file in self.files)
         except Exception as error:                              # classes differ by release
-            if not isinstance(error, (ArrowException, OSError)) and not is_trouble(error):
+            if not isinstance(error, (ArrowException, OSError)) and not is_transient(error):
                 raise
             raise InputError(f"{self.data}: cannot read how many rows its files hold ({error}); mend them or "
                              "say how long to train with --steps") from error

@@ -18,8 +18,8 @@ from PIL import Image
 
 from model.errors import InputError
 from model.generate import generate
-from model.language import Cache
-from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, conversation_prompt, special_id
+from model.language import KVCache
+from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation, special_id
 from model.tiling import choose_grid, read_image, tile_page
 
 
@@ -54,7 +54,7 @@ class Chat:
     def clear(self):
         """Forget everything that was said and shown."""
         self.turns, self.waiting, self.report, self.read = [], [], None, 0
-        self.cache, self.held = Cache(self.model.config.language, 0, self.model.device, self.model.dtype), []
+        self.cache, self.held = KVCache(self.model.config.language, 0, self.model.device, self.model.dtype), []
 
     @property
     def pictures(self):
@@ -116,7 +116,7 @@ class Chat:
         same = next((i for i, (old, new) in enumerate(zip(self.held, keys)) if old != new), min(len(self.held), len(keys)))
         same = min(same, len(keys) - 1)                 # something is to be read, or nothing would be predicted
         self.held, self.read = keys[:same], len(keys) - same
-        self.cache.truncate(same)
+        self.cache.crop(same)
         started, first, tokens, shown = time.perf_counter(), None, [], ""
         try:
             for [token] in generate(self.model, [self.unread(prompt, keys, same)], image_tokens=self.look(keys[same:]),
@@ -132,7 +132,7 @@ class Chat:
             if len(text) > len(shown):
                 yield text[len(shown):]
         finally:
-            self.cache.truncate(len(self.held))         # interrupted inside a layer it may hold part of a token
+            self.cache.crop(len(self.held))         # interrupted inside a layer it may hold part of a token
             if tokens:
                 seconds = time.perf_counter() - first
                 turn.answer = decode(self.model, tokens)
@@ -145,7 +145,7 @@ class Chat:
     def write(self, turns, pictures):
         """The prompt, and what each of its tokens is: its id or, of an image token, the picture that it shows a part of."""
         tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
-        prompt = conversation_prompt(tokenizer, size, [len(picture.tiles) for picture in pictures],
+        prompt = write_conversation(tokenizer, size, [len(picture.tiles) for picture in pictures],
                                      [(turn.question, turn.answer) for turn in turns], [len(turn.pictures) for turn in turns])
         image_id = special_id(tokenizer, IMAGE_TOKEN)
         shown = iter([picture for picture in pictures for _ in range(len(picture.tiles) * size)])
@@ -162,7 +162,7 @@ class Chat:
         pictures = new_pictures(keys)
         for picture in pictures:
             if picture.tokens is None:
-                picture.tokens = self.model.see(torch.as_tensor(picture.tiles).to(self.model.device))
+                picture.tokens = self.model.encode_images(torch.as_tensor(picture.tiles).to(self.model.device))
         return torch.cat([picture.tokens for picture in pictures]) if pictures else None
 
 

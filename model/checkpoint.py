@@ -22,7 +22,7 @@ from model.errors import InputError
 from model.layouts import (ADAPTER_CONFIG, ADAPTER_WEIGHTS, native_files, native_tensors, peft_files, read_adapter,
                            read_adapter_config)
 from model.lora import adapters
-from model.network import retried
+from model.network import retry
 
 OFFICIAL_NAMES = {                      # of modules; a block's number stands for #
     "vision.class_token": "vision_model.embeddings.class_embedding",
@@ -31,11 +31,11 @@ OFFICIAL_NAMES = {                      # of modules; a block's number stands fo
     "vision.blocks.#.attention_norm": "vision_model.encoder.layers.#.norm1",
     "vision.blocks.#.attention.qkv": "vision_model.encoder.layers.#.attn.qkv",
     "vision.blocks.#.attention.out": "vision_model.encoder.layers.#.attn.proj",
-    "vision.blocks.#.attention_scale": "vision_model.encoder.layers.#.ls1",
+    "vision.blocks.#.layer_scale_1": "vision_model.encoder.layers.#.ls1",
     "vision.blocks.#.mlp_norm": "vision_model.encoder.layers.#.norm2",
     "vision.blocks.#.mlp_up": "vision_model.encoder.layers.#.mlp.fc1",
     "vision.blocks.#.mlp_down": "vision_model.encoder.layers.#.mlp.fc2",
-    "vision.blocks.#.mlp_scale": "vision_model.encoder.layers.#.ls2",
+    "vision.blocks.#.layer_scale_2": "vision_model.encoder.layers.#.ls2",
     "projector.norm": "mlp1.0",
     "projector.up": "mlp1.1",
     "projector.out": "mlp1.3",
@@ -50,7 +50,7 @@ OFFICIAL_NAMES = {                      # of modules; a block's number stands fo
     "language.blocks.#.mlp_up": "language_model.model.layers.#.mlp.up_proj",
     "language.blocks.#.mlp_down": "language_model.model.layers.#.mlp.down_proj",
     "language.norm": "language_model.model.norm",
-    "language.head": "language_model.lm_head",
+    "language.lm_head": "language_model.lm_head",
 }
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
@@ -180,7 +180,7 @@ def download(name, files):
         RepositoryNotFoundError,
     )
     try:
-        return Path(retried(lambda: snapshot_download(name, allow_patterns=list(files))))
+        return Path(retry(lambda: snapshot_download(name, allow_patterns=list(files))))
     except RepositoryNotFoundError as error:
         raise InputError(f"{name}: neither a local folder nor a model on the Hub; check the name, or log in with "
                          "'hf auth login' if it is private") from error
@@ -261,7 +261,7 @@ def merged(model):
     added = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
     for name, tensor in model.state_dict().items():
         if ".adapter." not in name:
-            yield name, tensor.float() + added[name].delta() if name in added else tensor
+            yield name, tensor.float() + added[name].merged_delta() if name in added else tensor
 
 
 def write(tensors, path, metadata):
@@ -269,7 +269,7 @@ def write(tensors, path, metadata):
     beside = path.with_name(path.name + ".part")
     try:
         save_file(tensors, beside, metadata)
-        put_in_place(beside, path)
+        atomic_replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -279,12 +279,12 @@ def write_text(path, text):
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_text(text, encoding="utf-8")
-        put_in_place(beside, path)
+        atomic_replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def put_in_place(beside, path):
+def atomic_replace(beside, path):
     with open(beside, "r+b") as file:
         os.fsync(file.fileno())                                     # on the disk before its name is, should the power fail
     os.chmod(beside, 0o644)                                         # safetensors makes it readable by its owner alone
@@ -354,7 +354,7 @@ def load_checkpoint(path, model, optimizer=None):
                 expected = [] if kind == "step" else list(ours[name].shape) if name in ours else None
                 if tensor.get_shape() != expected or tensor.get_dtype() not in STORED_DTYPES:
                     raise InputError(f"{path}: {name} {tuple(tensor.get_shape())} {tensor.get_dtype()} is not of this model")
-            fitting = fit_adapters(ours, adapted, path)
+            fitting = match_adapters(ours, adapted, path)
             state = file.metadata()["state"]
             if checksum(file.keys(), file.get_tensor, state) != file.metadata()["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of what was saved; delete it to go on from the "
@@ -380,7 +380,7 @@ def load_checkpoint(path, model, optimizer=None):
         raise InputError(f"{path}: not a checkpoint of train.py, or not a whole one ({error})") from error
 
 
-def fit_adapters(weights, adapted, path):
+def match_adapters(weights, adapted, path):
     """[(weight, A, B)] of adapters, {"LAYER.lora_A.weight": (rank, in), "LAYER.lora_B.weight": (out, rank)}, and `weights`.
 
     Raises InputError, naming `path`, for a layer that is not there or has another shape.
@@ -411,7 +411,7 @@ def load_adapter(folder, model):
         if tensor.shape != ours[name].shape:
             raise InputError(f"{folder}: {name} {tuple(tensor.shape)} is not of this model")
         ours[name].copy_(tensor)
-    merge_adapters(fit_adapters(ours, trained, folder), scale)
+    merge_adapters(match_adapters(ours, trained, folder), scale)
 
 
 def export_adapter(run, folder):

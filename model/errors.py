@@ -43,12 +43,12 @@ def run(main):
         sys.exit(141)                   # as a shell counts a program ended by SIGPIPE
 
 
-def whole_number(smallest, largest=2 ** 63 - 1):
+def int_in(smallest, largest=2 ** 63 - 1):
     """An argument type: an integer of this range."""
     return lambda text: in_range(int(text), smallest, largest)
 
 
-def real_number(smallest, largest):
+def float_in(smallest, largest):
     """An argument type: a number of this range."""
     return lambda text: in_range(float(text), smallest, largest)
 

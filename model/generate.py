@@ -1,64 +1,92 @@
-"""How is one token chosen after another? All open questions of all pages advance together, from one prefix a page."""
+"""How does the model answer? Prefill the prompts, then decode one token per open question and step; sample each.
+
+    prefill   pages with their questions  ->  logits at the last token of every question; the caches hold all that was read
+    decode    one token per open question ->  logits for the next token of each
+    sample    logits                      ->  token ids: the likeliest, or drawn
+"""
+from dataclasses import dataclass
+
 import torch
 
-from model.language import Cache, look_back
+from model.language import KVCache, page_mask
 from model.prompt import END, special_id
+
+
+@dataclass
+class OpenQuestion:
+    """A question that is being answered."""
+    page: int                           # index of its page
+    branch: int
+    row: int                            # where its last token stands in the packed row
+    position: int                       # position of its latest token
 
 
 @torch.inference_mode()
 def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, image_tokens=None, caches=None):
-    """Answer every open question of some pages.
+    """Answer every open question of some pages, all of them in step.
 
     `pages`: (tiles, prompt) pairs; a prompt of branch 0 alone is one question, else each branch is one.
-    `temperature`: 0 takes the likeliest token; else tokens are drawn, from the likeliest ones that together have
-    probability `top_p`; every question draws from `seed` anew, so its answer does not depend on its company.
-    `image_tokens`: what `model.see` made of all tiles, (256 N, D), if that is known already.
-    `caches`: one a page, with the past that its prompt goes on from; what is read and generated is added to it.
-    Yields one list a step: for each question, pages in order, the id of its next token, or None once it has ended; the
+    `temperature`: 0 takes the likeliest token; else tokens are drawn from the likeliest ones that together have probability
+    `top_p`. Every question draws from `seed` anew, so its answer does not depend on the other questions.
+    `image_tokens`: (256 N, D) of all tiles, if `model.encode_images` was called already.
+    `caches`: one KVCache per page; tokens in it are not read again, new ones are appended.
+    Yields one list per step: for each question, pages in order, the id of its next token, or None once it has ended; the
     end-of-turn token is the last one yielded.
     """
-    end, device = special_id(model.tokenizer, END), model.device
-    batch = model.pack(pages)
-    batch.image_tokens = image_tokens
-    places, positions, branch_of, page_of = [], [], [], []                  # one entry a question
+    end = special_id(model.tokenizer, END)
+    questions = open_questions(pages)
+    caches = caches or [KVCache(model.config.language, 0, model.device, model.dtype) for _ in pages]
+    logits = prefill(model, pages, questions, max_new_tokens, image_tokens, caches)
+    generators = [torch.Generator(model.device).manual_seed(seed) for _ in questions] if temperature else questions
+    running = list(range(len(questions)))                                   # indices of the questions that have not ended
+    for _ in range(max_new_tokens):
+        tokens = sample(logits.float(), temperature, top_p, [generators[i] for i in running])
+        step = dict(zip(running, tokens.tolist()))
+        yield [step.get(i) for i in range(len(questions))]
+        going_on = [n for n, i in enumerate(running) if step[i] != end]
+        if not going_on:
+            return
+        running = [running[n] for n in going_on]
+        logits = decode(model, tokens[going_on], [questions[i] for i in running], caches)
+
+
+def open_questions(pages):
+    """The OpenQuestions of (tiles, prompt) pairs."""
+    questions, start = [], 0
     for page, (_, prompt) in enumerate(pages):
         for branch in range(1 if max(prompt.branches) else 0, max(prompt.branches) + 1):
             last = len(prompt.branches) - 1 - prompt.branches[::-1].index(branch)
-            places.append(last)
-            positions.append(prompt.positions[last])
-            branch_of.append(branch)
-            page_of.append(page)
-    caches = caches or [Cache(model.config.language, 0, device, model.dtype) for _ in pages]
+            questions.append(OpenQuestion(page, branch, start + last, prompt.positions[last]))
+        start += len(prompt.ids)
+    return questions
+
+
+def prefill(model, pages, questions, max_new_tokens, image_tokens, caches):
+    """Read the prompts into the caches, with room for `max_new_tokens` per question. Returns logits (questions, V)."""
+    batch = model.pack(pages)
+    batch.image_tokens = image_tokens
+    batch.answer_index = torch.tensor([question.row for question in questions], device=model.device)
     for page, (_, prompt) in enumerate(pages):
-        caches[page].reserve(len(prompt.ids) + page_of.count(page) * max_new_tokens)
-    asked = [torch.tensor([place for place, of in zip(places, page_of) if of == page], dtype=torch.long)
-             for page in range(len(pages))]
-    hidden = model.read(batch, caches, asked)                               # (questions, D)
-    open_questions = list(range(len(places)))
-    generators = [torch.Generator(device).manual_seed(seed) for _ in places] if temperature else places
-    for _ in range(max_new_tokens):
-        chosen = choose(model.language.head(hidden).float(), temperature, top_p, [generators[i] for i in open_questions])
-        step = [None] * len(places)
-        for question, token in zip(open_questions, chosen.tolist()):
-            step[question] = token
-        yield step
-        going_on = [i for i, question in enumerate(open_questions) if step[question] != end]
-        if not going_on:
-            return
-        chosen, open_questions = chosen[going_on], [open_questions[i] for i in going_on]
-        lookbacks = []
-        for page, cache in enumerate(caches):
-            branches = torch.tensor([branch_of[question] for question in open_questions if page_of[question] == page])
-            if len(branches):
-                lookbacks.append(look_back(branches, cache, device))
-        for question in open_questions:
-            positions[question] += 1
-        at = torch.tensor([positions[question] for question in open_questions], device=device)
-        hidden = model.language(model.language.embedding(chosen).to(model.dtype), at, lookbacks)
+        caches[page].grow(len(prompt.ids) + sum(question.page == page for question in questions) * max_new_tokens)
+    return model(batch, caches)
 
 
-def choose(logits, temperature, top_p, generators):
-    """float32 logits (questions, V), one generator a question -> int64 (questions,)."""
+def decode(model, tokens, questions, caches):
+    """Read the latest token, int64 (questions,), of each question. Returns logits (questions, V) for the next ones."""
+    masks = []
+    for page, cache in enumerate(caches):
+        branches = [question.branch for question in questions if question.page == page]
+        if branches:
+            masks.append(page_mask(torch.tensor(branches), cache, model.device))
+    for question in questions:
+        question.position += 1
+    positions = torch.tensor([question.position for question in questions], device=model.device)
+    x = model.language.embedding(tokens).to(model.dtype)                    # (questions, D)
+    return model.language.lm_head(model.language(x, positions, masks))
+
+
+def sample(logits, temperature, top_p, generators):
+    """float32 logits (questions, V), one generator per question -> int64 (questions,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probability, token = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)

@@ -7,19 +7,17 @@
 Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; `modeling_internvl_chat.py`,
 which is published with the weights.
 """
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from model import checkpoint
 from model.chat import Chat
-from model.language import Decoder, look_back
+from model.language import Decoder, page_mask
 from model.projector import Projector
-from model.prompt import IMAGE_TOKEN, NOT_LEARNED, special_id
+from model.prompt import IMAGE_TOKEN, IGNORE_INDEX, special_id
 from model.vision import VisionEncoder
 
 VISION_TILES = 16                       # 16,400 rows of 1024: enough to fill a large GPU, 0.3 GB of activations in bfloat16
@@ -31,9 +29,9 @@ class Batch:
     tiles: torch.Tensor                 # uint8 (N, 3, 448, 448), of all pages
     ids: torch.Tensor                   # int64 (L,)
     positions: torch.Tensor             # int64 (L,), from 0 in every page
-    image_places: torch.Tensor          # int64 (256 N,): where in the row the image tokens go
-    targets: torch.Tensor               # int64 (A,): what is learned
-    answer_places: list[torch.Tensor]   # int64, on the CPU, one tensor a page: where in the page it is predicted
+    image_index: torch.Tensor           # int64 (256 N,): where in the row the image tokens go
+    targets: torch.Tensor               # int64 (A,): the answer tokens, those in the loss
+    answer_index: torch.Tensor          # int64 (A,): where in the row each target is predicted, one place before it
     branches: list[torch.Tensor]        # int64, on the CPU, one tensor a page
     image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles were seen already
 
@@ -86,58 +84,47 @@ class InternVL(nn.Module):
         tiles do not agree, so that neither is ever cut to fit the other.
         """
         image_id, device, start = special_id(self.tokenizer, IMAGE_TOKEN), self.device, 0
-        row, answer_places = {name: [] for name in ("ids", "positions", "image_places", "targets")}, []
+        row = {name: [] for name in ("ids", "positions", "image_index", "targets", "answer_index")}
         for tiles, prompt in pages:
-            image_places = [start + i for i, token in enumerate(prompt.ids) if token == image_id]
-            if len(image_places) != len(tiles) * self.config.tokens_per_tile:
+            image_index = [start + i for i, token in enumerate(prompt.ids) if token == image_id]
+            if len(image_index) != len(tiles) * self.config.tokens_per_tile:
                 raise ValueError(f"{len(tiles)} tiles make {len(tiles) * self.config.tokens_per_tile} image tokens, "
-                                 f"but the prompt has {len(image_places)}")
-            learned = [i for i, label in enumerate(prompt.labels) if label != NOT_LEARNED]
+                                 f"but the prompt has {len(image_index)}")
+            answers = [i for i, label in enumerate(prompt.labels) if label != IGNORE_INDEX]
             row["ids"] += prompt.ids
             row["positions"] += prompt.positions
-            row["image_places"] += image_places
-            row["targets"] += [prompt.labels[i] for i in learned]       # a token is predicted by the one before it,
-            answer_places.append(torch.tensor(learned, dtype=torch.long) - 1)   # which is of its branch: none begins learned
+            row["image_index"] += image_index
+            row["targets"] += [prompt.labels[i] for i in answers]
+            row["answer_index"] += [start + i - 1 for i in answers]     # a token is predicted by the one before it
             start += len(prompt.ids)
         size = self.config.vision.tile_pixels
         tiles = [torch.as_tensor(tiles).to(device, non_blocking=True) for tiles, _ in pages if len(tiles)]
         return Batch(tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8, device=device),
-                     branches=[torch.tensor(prompt.branches) for _, prompt in pages], answer_places=answer_places,
+                     branches=[torch.tensor(prompt.branches) for _, prompt in pages],
                      **{name: torch.tensor(column, dtype=torch.long, device=device) for name, column in row.items()})
 
-    def see(self, tiles):
+    def encode_images(self, tiles):
         """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D). `VISION_TILES` at a time, which bounds the memory."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])      # (N, 1024, 1024)
         return self.projector(patches).flatten(0, 1)                            # (N, 256, D) -> (256 N, D)
 
-    def read(self, batch, caches=None, places=None):
-        """Read a batch -> (L, D), one vector a token. `caches`: one a page, filled on the way.
+    def forward(self, batch, caches=None):
+        """A batch -> logits (A, V) at its `answer_index`, in the dtype of the model.
 
-        `places`: int64 on the CPU, one tensor a page: the tokens whose vectors are wanted, (A, D) in all; None: every one.
+        `caches`: one KVCache per page with the tokens read before; the tokens of this batch are added to it.
+        The head runs on the answers only: (A, V) logits instead of (L, V), 0.02 GB instead of 2 for four short answers on
+        a page of 3,382 tokens.
         """
         x = self.language.embedding(batch.ids).to(self.dtype)                   # (L, D)
         if len(batch.tiles):
-            seen = self.see(batch.tiles) if batch.image_tokens is None else batch.image_tokens
-            x = x.index_copy(0, batch.image_places, seen)                       # image tokens take their places
+            image_tokens = self.encode_images(batch.tiles) if batch.image_tokens is None else batch.image_tokens
+            x = x.index_copy(0, batch.image_index, image_tokens)                # image tokens take their places
         caches = caches or [None] * len(batch.branches)
-        pages = [look_back(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
-        if places is None:
-            return self.language(x, batch.positions, pages)
-        starts = itertools.accumulate((len(branches) for branches in batch.branches), initial=0)
-        rows = torch.cat([start + wanted for start, wanted in zip(starts, places)]).to(x.device, non_blocking=True)
-        last_pages = [look_back(*page, x.device, wanted) for *page, wanted in zip(batch.branches, caches, places)]
-        return self.language(x, batch.positions, pages, rows, last_pages)
-
-    def loss(self, batch):
-        """Sum, in float32, of the answer tokens' negative log-likelihood; divide by their number where it is known.
-
-        The head runs only where there is something to learn: (A, V) logits instead of (L, V), 0.02 GB instead of 2 for
-        four short answers on a page of 3,382 tokens.
-        """
-        logits = self.language.head(self.read(batch, places=batch.answer_places))       # (A, V)
-        return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        pages = [page_mask(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
+        x = self.language(x, batch.positions, pages, batch.answer_index)        # (A, D)
+        return self.language.lm_head(x)                                         # (A, V)
 
 
 @torch.no_grad()

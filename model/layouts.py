@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from model.errors import InputError
 from model.prompt import END, IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, START, SYSTEM, special_id
-from model.vision import DEVIATION, MEAN
+from model.vision import IMAGENET_MEAN, IMAGENET_STD
 
 NATIVE_NAMES = (                        # official -> in the files of transformers' InternVL; the language model's are the same
     (r"vision_model\.embeddings\.class_embedding", "vision_tower.embeddings.cls_token"),
@@ -86,8 +86,8 @@ def native_files(model):
             "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor", "size": side,
             "resample": 3,
             "crop_to_patches": model.config.thumbnail, "min_patches": 1, "max_patches": 12, "do_convert_rgb": True,
-            "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN,
-            "image_std": DEVIATION},
+            "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": IMAGENET_MEAN,
+            "image_std": IMAGENET_STD},
         "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": model.config.tokens_per_tile},
         "tokenizer_config.json": settings | {
             "processor_class": "InternVLProcessor", "start_image_token": IMAGE_OPEN, "end_image_token": IMAGE_CLOSE,

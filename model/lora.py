@@ -19,11 +19,11 @@ TARGETS = {                             # name -> which of the model's Linear la
     "llm": r"language\.blocks\..*",                                         # the seven of every block of the LLM
     "qkv": r"language\.blocks\.\d+\.attention\.(query|key|value)",
     "vision": r"vision\.blocks\..*",                                        # the four of every block, q, k and v as one
-    "all-linear": r"(?!language\.head).*",                                  # the projector's two as well, but not the head
+    "all-linear": r"(?!language\.lm_head).*",                                  # the projector's two as well, but not the head
 }
 
 
-class Adapter(nn.Module):
+class LoRA(nn.Module):
     """What is added to one Linear layer's output; dropout only where the model is in training mode."""
 
     def __init__(self, width_in, width_out, rank, alpha, dropout=0.0, device=None):
@@ -35,12 +35,12 @@ class Adapter(nn.Module):
     def forward(self, x):
         return self.b(self.a(F.dropout(x, self.dropout, self.training))) * self.scale
 
-    def delta(self):
+    def merged_delta(self):
         """What merging adds to the weight: float32 (out, in)."""
         return self.scale * (self.b.weight.float() @ self.a.weight.float())
 
 
-def targeted(model, targets):
+def target_layers(model, targets):
     """{name: Linear} of the layers that `targets`, names of TARGETS with commas between, describe."""
     pattern = "|".join(TARGETS[target] for target in targets.split(","))
     return {name: module for name, module in model.named_modules()
@@ -50,8 +50,8 @@ def targeted(model, targets):
 def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
     """Give every layer in `targets` an adapter that trains, on the layer's device; the layers stay as they are."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in targeted(model, targets).values():
-        layer.adapter = Adapter(layer.in_features, layer.out_features, rank, alpha, dropout, layer.weight.device)
+    for layer in target_layers(model, targets).values():
+        layer.adapter = LoRA(layer.in_features, layer.out_features, rank, alpha, dropout, layer.weight.device)
         drawn = torch.empty(rank, layer.in_features)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)                # as PEFT
         layer.adapter.a.weight.data.copy_(drawn)
@@ -59,5 +59,5 @@ def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
 
 
 def adapters(model):
-    """{name of the layer: its Adapter}."""
-    return {name.removesuffix(".adapter"): module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    """{name of the layer: its LoRA}."""
+    return {name.removesuffix(".adapter"): module for name, module in model.named_modules() if isinstance(module, LoRA)}

@@ -1,6 +1,6 @@
 """What happens when the network fails or lies? Trouble is told and tried again, for a stated time; fetching has limits.
 
-Used where files or rows come from the Hub (`retried`, `Patience`) and where an image is named by an address (`fetch`).
+Used where files or rows come from the Hub (`retry`, `Backoff`) and where an image is named by an address (`fetch`).
 """
 import http.client
 import ipaddress
@@ -16,7 +16,7 @@ LONGEST_PAUSE = 60                              # seconds between two tries
 FETCH_SECONDS, FETCH_BYTES = 20, 50_000_000     # longest time and largest size of what is behind an address
 
 
-def is_trouble(error):
+def is_transient(error):
     """Whether an error may go away by itself: a network that refuses, stalls or breaks off, a Hub that is overloaded."""
     from huggingface_hub.errors import (
         HTTPError,  # of the HTTP library that this release uses
@@ -27,10 +27,10 @@ def is_trouble(error):
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return True
     cause = error.__cause__ or error.__context__                        # "not in the cache", because the Hub did not answer
-    return isinstance(error, OSError) and cause is not None and is_trouble(cause)
+    return isinstance(error, OSError) and cause is not None and is_transient(cause)
 
 
-class Patience:
+class Backoff:
     """Pauses between tries: 1, 2, 4, ... 60 seconds, each told in one line, until `seconds` of trouble have passed."""
 
     def __init__(self, seconds):
@@ -54,15 +54,15 @@ class Patience:
         return True
 
 
-def retried(call, seconds=AT_START):
+def retry(call, seconds=AT_START):
     """`call()`, again and again while the network is in trouble; its last error when `seconds` are over."""
-    patience = Patience(seconds)
+    patience = Backoff(seconds)
     patience.began = time.monotonic()           # the libraries wait and try again themselves: that counts
     while True:
         try:
             return call()
         except Exception as error:              # which classes a Hub library raises differs between its releases
-            if not is_trouble(error) or not patience.wait(error):
+            if not is_transient(error) or not patience.wait(error):
                 raise
 
 

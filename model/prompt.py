@@ -23,20 +23,20 @@ INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: here comes the next image
-NOT_LEARNED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass
 class Prompt:
     """What is read, token by token; the four lists have one length."""
     ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)         # the token's own id where it is learned, else NOT_LEARNED
+    labels: list[int] = field(default_factory=list)         # the token's own id where it is learned, else IGNORE_INDEX
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)       # 0 prefix; 1, 2, ... one a question
 
 
-class Writer:
-    """Appends pieces to a prompt. Plain text between two special tokens is tokenised as one string."""
+class PromptBuilder:
+    """Appends pieces to a prompt. Plain text between two special tokens is tokenized as one string."""
 
     def __init__(self, tokenizer, tokens_per_tile):
         self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
@@ -92,7 +92,7 @@ class Writer:
     def append(self, ids, learned):
         prompt = self.prompt
         prompt.ids += ids
-        prompt.labels += ids if learned else [NOT_LEARNED] * len(ids)
+        prompt.labels += ids if learned else [IGNORE_INDEX] * len(ids)
         prompt.positions += range(self.position, self.position + len(ids))
         prompt.branches += [self.branch] * len(ids)
         self.position += len(ids)
@@ -110,17 +110,17 @@ def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_
     [13, 151645]
     """
     turns = zip(questions, answers if answers is not None else [None] * len(questions))
-    return branches_prompt(tokenizer, tokens_per_tile, tiles, [[turn] for turn in turns], max_length)
+    return write_page(tokenizer, tokens_per_tile, tiles, [[turn] for turn in turns], max_length)
 
 
-def branches_prompt(tokenizer, tokens_per_tile, tiles, branches, max_length=None, system=None, opening=(), head=None):
+def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, system=None, opening=(), head=None):
     """Write a page with all its conversations, each a branch: a list of (question, answer) turns, an answer None open.
 
     `system`: the system turn's text, if not the model's own. `opening`, `head`: what stands in the prefix where the images
     do not simply come first: whole turns, and the beginning of the next question up to and with its last "<image>".
     Returns the prompt and the indices of the branches left out because they do not fit.
     """
-    writer, images = Writer(tokenizer, tokens_per_tile), iter(tiles)
+    writer, images = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
     writer.system(SYSTEM if system is None else system)
     for question, answer in opening:
         writer.question(question, images)
@@ -147,7 +147,7 @@ def branches_prompt(tokenizer, tokens_per_tile, tiles, branches, max_length=None
     return prompt, too_long
 
 
-def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns, images=None):
+def write_conversation(tokenizer, tokens_per_tile, tiles, turns, images=None):
     """Write one conversation: a prompt of branch 0 alone.
 
     `tiles`: tiles of each image, in order. `turns`: (question, answer) pairs; the last answer may be None, to be generated.
@@ -163,7 +163,7 @@ def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns, images=None):
             if there < wanted:
                 raise InputError(f"{wanted} images, but {there} {PLACEHOLDER} in the question: "
                                  "write one for each image, or none")
-    writer, waiting = Writer(tokenizer, tokens_per_tile), iter(tiles)
+    writer, waiting = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
     writer.system()
     for i, (question, answer) in enumerate(turns):
         if i:

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from model.layers import LayerNorm, Linear
 
-# Mean and deviation of ImageNet's colours, RGB: the encoder was trained on pixels normalised with them.
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and deviation of ImageNet's colours, RGB: the encoder was trained on pixels normalized with them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def normalise(tiles, dtype):
+def normalize(tiles, dtype):
     """uint8 (N, 3, S, S) -> `dtype` of the same shape, computed in float32 on the tiles' own device."""
-    mean, deviation = (torch.tensor(c, device=tiles.device).view(3, 1, 1) for c in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(c, device=tiles.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     # 255 as a tensor: dividing by a number, CUDA multiplies with its rounded reciprocal
     return ((tiles.float() / torch.tensor(255.0, device=tiles.device) - mean) / deviation).to(dtype)
 
@@ -42,15 +42,15 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = LayerNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.attention_scale = nn.Parameter(torch.ones(config.width))               # layer scale, arXiv 2103.17239
+        self.layer_scale_1 = nn.Parameter(torch.ones(config.width))               # layer scale, arXiv 2103.17239
         self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps)
         self.mlp_up = Linear(config.width, config.mlp_width)
         self.mlp_down = Linear(config.mlp_width, config.width)
-        self.mlp_scale = nn.Parameter(torch.ones(config.width))
+        self.layer_scale_2 = nn.Parameter(torch.ones(config.width))
 
     def forward(self, x):                                                           # (N, 1025, D)
-        x = x + self.attention_scale.to(x.dtype) * self.attention(self.attention_norm(x))
-        return x + self.mlp_scale.to(x.dtype) * self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))
+        x = x + self.layer_scale_1.to(x.dtype) * self.attention(self.attention_norm(x))
+        return x + self.layer_scale_2.to(x.dtype) * self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x))))
 
 
 class VisionEncoder(nn.Module):
@@ -60,14 +60,14 @@ class VisionEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.position = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.recompute = False          # blocks keep their input alone and are run again in the backward pass
+        self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
     def forward(self, tiles, dtype):
         """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` a patch, row by row."""
-        x = normalise(tiles, dtype)
+        x = normalize(tiles, dtype)
         x = F.conv2d(x, self.patch.weight.to(dtype), self.patch.bias.to(dtype), stride=self.patch.stride)
         x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)
         x = torch.cat([self.class_token.to(dtype).expand(len(x), -1, -1), x], dim=1) + self.position.to(dtype)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)       # (N, 1025, D)
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)       # (N, 1025, D)
         return x[:, 1:]                                                             # the class token is not used

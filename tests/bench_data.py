@@ -2,7 +2,7 @@
 
     python tests/bench_data.py [--passes 5] [--image SCAN.png]
 
-The usual path: Pillow to RGB, resize, one crop a tile, float32, normalise on the host. The page is text with scan noise, 1700 x 2200
+The usual path: Pillow to RGB, resize, one crop a tile, float32, normalize on the host. The page is text with scan noise, 1700 x 2200
 pixels, letter size at 200 dpi: 12 tiles and a thumbnail. Not collected by pytest.
 """
 import argparse
@@ -20,10 +20,10 @@ import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Examples, Page
+from data import PageDataset, Page
 from model import InternVL
 from model.tiling import choose_grid, read_image
-from model.vision import DEVIATION, MEAN, normalise
+from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 def scan(width=1700, height=2200):
@@ -51,13 +51,13 @@ def encoded(page):
 
 
 def usual(data):
-    """The usual path -> float32 (n, 3, 448, 448), normalised."""
+    """The usual path -> float32 (n, 3, 448, 448), normalized."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     columns, rows = choose_grid(*image.size)
     whole = image.resize((columns * 448, rows * 448), Image.Resampling.BICUBIC)
     tiles = [whole.crop((x * 448, y * 448, (x + 1) * 448, (y + 1) * 448)) for y in range(rows) for x in range(columns)]
     tiles.append(image.resize((448, 448), Image.Resampling.BICUBIC))
-    mean, deviation = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, DEVIATION))
+    mean, deviation = (torch.tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     return torch.stack([(torch.from_numpy(np.asarray(tile).transpose(2, 0, 1).copy()).float() / 255 - mean) / deviation for tile in tiles])
 
 
@@ -69,7 +69,7 @@ def main():
     torch.set_num_threads(1)
     print(f"one core of {platform.processor() or platform.machine()}; torch {torch.__version__}, Pillow {PIL.__version__}; {time.strftime('%Y-%m-%d')}\n")
     model = InternVL.from_pretrained("tiny", "cpu")
-    examples = Examples(model)
+    examples = PageDataset(model)
     examples.config = type(model.config)()                      # tiles and tokens of InternVL2-1B
     files = {settings.image: Path(settings.image).read_bytes()} if settings.image else encoded(scan())
     print("| file | decode ms | usual ms | ours ms | ours, pages/s | times | bytes equal | MB handed on |\n|---|---|---|---|---|---|---|---|")
@@ -83,7 +83,7 @@ def main():
                 times.append(time.perf_counter() - started)
         decode, plain, ours = (min(times) for times in seconds.values())
         tiles = examples[page].tiles
-        equal = torch.equal(normalise(tiles, torch.float32), usual(data)) if len(tiles) > 1 else "one tile: not compared"
+        equal = torch.equal(normalize(tiles, torch.float32), usual(data)) if len(tiles) > 1 else "one tile: not compared"
         print(f"| {kind} | {decode * 1e3:.0f} | {plain * 1e3:.0f} | {ours * 1e3:.0f} | {1 / ours:.1f} | {sum(seconds[usual]) / sum(seconds[examples.__getitem__]):.1f} "
               f"| {equal} | {tiles.nbytes / 1e6:.1f} |", flush=True)
 

@@ -83,7 +83,7 @@ def page(config, tiles, questions=QUESTIONS):
     return SimpleNamespace(tiles=torch.zeros(tiles, 3, side, side, dtype=torch.uint8), prompt=prompt, answer_tokens=ANSWER * questions)
 
 
-def build(config, train, recompute, dtype):
+def build(config, train, gradient_checkpointing, dtype):
     torch.set_default_dtype(dtype)
     model = InternVL(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
@@ -91,48 +91,48 @@ def build(config, train, recompute, dtype):
     if "lora" in train:
         add_adapters(model)
     choose_parts(model, "projector,llm,vision" if train == "all" else train)
-    model.vision.recompute = model.language.recompute = recompute
+    model.vision.gradient_checkpointing = model.language.gradient_checkpointing = gradient_checkpointing
     return model
 
 
-def computed(config, train, recompute, tiles, dtype=torch.bfloat16):
+def computed(config, train, gradient_checkpointing, tiles, dtype=torch.bfloat16):
     """(bytes of the weights, of everything at the peak, trained parameters) of a step on one page."""
-    look_back, example = internvl.look_back, page(config, tiles)
+    page_mask, example = internvl.page_mask, page(config, tiles)
 
     def look_back_for_real(*arguments):                             # it looks into its tensors, which have no contents here
         with unset_fake_temporarily():
-            return look_back(*arguments)
+            return page_mask(*arguments)
 
     def pack_for_real(pages):
         with unset_fake_temporarily():
             return InternVL.pack(SimpleNamespace(tokenizer=model.tokenizer, device="cpu", config=config), pages)
 
-    internvl.look_back = look_back_for_real
+    internvl.page_mask = look_back_for_real
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-            model = build(config, train, recompute, dtype)
+            model = build(config, train, gradient_checkpointing, dtype)
             model.pack = pack_for_real
             trained = [p for p in model.parameters() if p.requires_grad]
             weights, live.peak = live.now, 0
             accumulate_gradients(model, [example], 1)
             return weights, live.peak + 8 * sum(p.numel() for p in trained), sum(p.numel() for p in trained)
     finally:
-        internvl.look_back = look_back
+        internvl.page_mask = page_mask
 
 
 def table(settings):
     print("| `--train` | trained parameters | weights, GB | " + " | ".join(f"{tiles} tiles, GB" for tiles in settings.tiles) + " |\n"
           + "|---" * (3 + len(settings.tiles)) + "|")
-    for name, (train, recompute) in MODES.items():
-        results = [computed(Config(), train, recompute, tiles) for tiles in settings.tiles]
+    for name, (train, gradient_checkpointing) in MODES.items():
+        results = [computed(Config(), train, gradient_checkpointing, tiles) for tiles in settings.tiles]
         print(f"| {name} | {results[0][2]:,} | {results[0][0] / 1e9:.1f} | " + " | ".join(f"{peak / 1e9:.1f}" for _, peak, _ in results) + " |", flush=True)
 
 
-def measured(config, train, recompute, tiles):
+def measured(config, train, gradient_checkpointing, tiles):
     """(bytes counted, bytes that the process grew by) in a real float32 step, AdamW's moments added to both."""
     before = peak_gb("cpu")
     with Live() as live:
-        model = build(config, train, recompute, torch.float32)
+        model = build(config, train, gradient_checkpointing, torch.float32)
         live.peak = 0
         accumulate_gradients(model, [page(config, tiles)], 1)
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -144,11 +144,11 @@ def check(settings):
     config = Config()
     config = replace(config, vision=replace(config.vision, layers=2), language=replace(config.language, layers=2, vocabulary=20000))
     print("| `--train` | tiles | computed, GB | counted in a real step, GB | process grew by, GB |\n|---|---|---|---|---|")
-    for name, (train, recompute) in MODES.items():
+    for name, (train, gradient_checkpointing) in MODES.items():
         for tiles in settings.tiles:
             with multiprocessing.get_context("fork").Pool(1) as pool:
-                counted, grown = pool.apply(measured, (config, train, recompute, tiles))
-            expected = computed(config, train, recompute, tiles, torch.float32)[1]
+                counted, grown = pool.apply(measured, (config, train, gradient_checkpointing, tiles))
+            expected = computed(config, train, gradient_checkpointing, tiles, torch.float32)[1]
             print(f"| {name} | {tiles} | {expected / 1e9:.2f} | {counted / 1e9:.2f} | {grown / 1e9:.2f} |", flush=True)
 
 

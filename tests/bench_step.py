@@ -26,11 +26,12 @@ import torch.nn.functional as F
 import transformers
 
 from data import INSTRUCTION
+
 from model import InternVL
 from extras.memory import held_gb, peak_gb, step_gb
-from model.prompt import NOT_LEARNED, page_prompt
+from model.prompt import IGNORE_INDEX, page_prompt
 from reference import randomise, reference_model, reference_pixels
-from train import choose_parts, make_optimizer
+from train import answer_loss, choose_parts, make_optimizer
 
 ASKED = (("What is the total amount?", "$4,123.07"), ("Who signed the letter?", "W. Jones"), ("What is the date mentioned at the top?",
          "January 8, 1993"), ("What is the number of the invoice?", "118-A"), ("Which company is it addressed to?", "Bolelo & Sons"),
@@ -71,7 +72,7 @@ def floor(config, examples):
         tokens, prefix = len(prompt.ids), prompt.branches.count(0)
         seen = prefix ** 2 / 2 + (tokens - prefix) * prefix
         total += (l.layers - 1) * (2 * linear * tokens + 3.5 * 4 * seen * l.heads * l.head_width)
-        total += 4 * l.width * l.vocabulary * sum(label != NOT_LEARNED for label in prompt.labels)
+        total += 4 * l.width * l.vocabulary * sum(label != IGNORE_INDEX for label in prompt.labels)
     return total
 
 
@@ -88,24 +89,19 @@ def matmul_rate(device, dtype):
 
 # ------------------------------------------------------------------------------------------------------------------- ways
 
-def rows_of(batch):
-    """Where in the packed row an answer's token is predicted."""
-    starts = torch.tensor([0, *(len(branches) for branches in batch.branches)]).cumsum(0)
-    return torch.cat([start + places for start, places in zip(starts, batch.answer_places)])
-
-
 def all_logits(model, batch):
-    logits = model.language.head(model.read(batch)).float()
-    return F.cross_entropy(logits[rows_of(batch)], batch.targets, reduction="sum")
+    """The loss computed from the logits of every token, as most training code does."""
+    places, batch.answer_index = batch.answer_index, torch.arange(len(batch.ids), device=model.device)
+    return answer_loss(model(batch).float()[places], batch.targets)
 
 
 def label_logits(model, batch):
-    logits = model.language.head(model.read(batch)[rows_of(batch)]).float()
-    return F.cross_entropy(logits, batch.targets, reduction="sum")
+    """The loss as train.py computes it."""
+    return answer_loss(model(batch), batch.targets)
 
 
 class Ours:
-    def __init__(self, model, pages, settings, apart=False, loss=InternVL.loss):
+    def __init__(self, model, pages, settings, apart=False, loss=label_logits):
         self.model, self.loss = model, loss
         self.examples = prompts(model, pages, apart)
         self.parameters = list(model.projector.parameters())
@@ -113,7 +109,7 @@ class Ours:
         self.size = settings.batch_pages * (len(self.examples) // len(pages) if apart else 1)
 
     def step(self):
-        tokens = sum(label != NOT_LEARNED for _, prompt in self.examples for label in prompt.labels)
+        tokens = sum(label != IGNORE_INDEX for _, prompt in self.examples for label in prompt.labels)
         total = torch.zeros((), device=self.model.device)
         for i in range(0, len(self.examples), self.size):
             loss = self.loss(self.model, self.model.pack(self.examples[i:i + self.size])) / tokens
@@ -138,12 +134,12 @@ class Theirs:
         self.size = settings.their_rows or len(pages[0][1])
 
     def step(self):
-        tokens = sum(label != NOT_LEARNED for _, prompt in self.rows for label in prompt.labels)
+        tokens = sum(label != IGNORE_INDEX for _, prompt in self.rows for label in prompt.labels)
         device, total = self.model.device, torch.zeros((), device=self.model.device)
         for i in range(0, len(self.rows), self.size):
             rows = self.rows[i:i + self.size]
             ids, labels, mask = (torch.nn.utils.rnn.pad_sequence([torch.tensor(of(prompt)) for _, prompt in rows], True, pad).to(device)
-                                 for of, pad in ((lambda p: p.ids, 0), (lambda p: p.labels, NOT_LEARNED), (lambda p: [1] * len(p.ids), 0)))
+                                 for of, pad in ((lambda p: p.ids, 0), (lambda p: p.labels, IGNORE_INDEX), (lambda p: [1] * len(p.ids), 0)))
             pixels = torch.cat([pixels for pixels, _ in rows]).to(device, self.reference.dtype)
             logits = self.reference(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, :-1]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / tokens

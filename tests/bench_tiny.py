@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from safetensors import safe_open
 
-from data import gather, open_rows
+from data import group_rows_into_pages, open_rows
 from model import InternVL
 from model.generate import generate
 from model.prompt import page_prompt
@@ -168,7 +168,7 @@ def beyond(settings):
     right, close, *_ = score(model, "plain", (24, 16), settings.questions)
     print(f"| 6 tiles and a thumbnail | {right:.2f} | {close:.2f} |", flush=True)
     if settings.data:
-        found = [(answer, page.accepted[i]) for page in gather(open_rows(settings.data, "validation"))
+        found = [(answer, page.accepted[i]) for page in group_rows_into_pages(open_rows(settings.data, "validation"))
                  for i, answer in enumerate(answers(model, tile_page(read_image(page.images[0]), tile_pixels=128), page.questions))]
         right, close = (sum(measure(*pair) for pair in found) / len(found) for measure in (exact_match, anls))
         print(f"| real scans ({len(found)} questions) | {right:.2f} | {close:.2f} |", flush=True)

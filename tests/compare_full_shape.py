@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from data import Examples, gather, open_rows
+from data import PageDataset, group_rows_into_pages, open_rows
 from model import InternVL
 from model.prompt import page_prompt
 from reference import randomise, reference_model, reference_pixels
@@ -40,9 +40,9 @@ def main():
     choose_parts(model, "projector")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
-    page = next(gather(open_rows(settings.data, "train")))
+    page = next(group_rows_into_pages(open_rows(settings.data, "train")))
     page.questions, page.answers = page.questions[:1], page.answers[:1]             # the reference reads one a row
-    example = Examples(model, settings.max_tiles)[page]
+    example = PageDataset(model, settings.max_tiles)[page]
     print(f"page {page.name}: {len(example.tiles)} tiles, {len(example.prompt.ids)} tokens, {example.answer_tokens} learned")
 
     loaded, started = peak_gb(), time.perf_counter()
@@ -50,7 +50,7 @@ def main():
     print(f"ours: forward and backward {time.perf_counter() - started:.1f} s, peak {peak_gb() - loaded:.1f} GB above the weights, loss {loss:.6f}")
     batch = model.pack([(example.tiles, example.prompt)])
     with torch.no_grad():
-        ours = model.language.head(model.read(batch, places=batch.answer_places))
+        ours = model(batch)
 
     reference = reference_model(model).requires_grad_(False)
     reference.model.multi_modal_projector.requires_grad_(True)

@@ -35,7 +35,7 @@ def main():
         from extras import sources as rows
         from model import network
         from model.errors import run
-        network.retried.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
+        network.retry.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
         data.shuffled.__defaults__ = (8,)                           # pages held, so that training begins before all rows are read
         sleep, shown, pages = time.sleep, [], []
         time.sleep = lambda seconds: (shown.append(seconds), sleep(min(seconds, 0.02)))         # pauses are counted, not waited

@@ -19,13 +19,13 @@ import torch                                                        # noqa: E402
 from PIL import Image                                               # noqa: E402
 from safetensors import safe_open                                   # noqa: E402
 
-from data import Examples, PageStream                               # noqa: E402
+from data import PageDataset, PageStream                               # noqa: E402
 from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
 from model.prompt import page_prompt                                # noqa: E402
 from model.tiling import read_image, tile_page                      # noqa: E402
 from extras.memory import peak_gb                                         # noqa: E402
-from extras.run_folder import Skips                                             # noqa: E402
+from extras.run_folder import SkipLog                                             # noqa: E402
 
 
 def encode(image, kind, **more):
@@ -111,21 +111,21 @@ def rows():
 
 
 def show_rows(lines):
-    model, skips = show_rows.model, Skips()
+    model, skips = show_rows.model, SkipLog()
     read = left_out = pages = 0
     for page in PageStream(lines, epochs=1, seed=3).pages():
-        example = Examples(model, 1, 2048)[page]
+        example = PageDataset(model, 1, 2048)[page]
         read, pages = read + page.rows, pages + 1
         try:
-            used = list(skips.keep([example]))
+            used = list(skips.filter([example]))
         except InputError:                                          # the 1 % rule: this is not what is asked here
             used = []
         left_out += page.unanswered + (len(page.questions) if not used else len(example.too_long))
         if used and pages <= 3:
             with torch.no_grad():
-                model.loss(model.pack([(example.tiles, example.prompt)]))
+                model(model.pack([(example.tiles, example.prompt)]))
     assert read == len(lines)
-    assert skips.count(Skips.UNANSWERED) + skips.count(Skips.TOO_LONG) <= left_out
+    assert skips.count(SkipLog.UNANSWERED) + skips.count(SkipLog.TOO_LONG) <= left_out
     assert (left_out == 0) == (not skips.lines), (left_out, skips.lines)        # every loss has its line
 
 

@@ -2,6 +2,7 @@
 import re
 
 import torch
+import torch.nn.functional as F
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -78,6 +79,20 @@ def randomise(model, seed=0):
 
 
 def reference_pixels(tiles):
-    """uint8 tiles -> the pixel_values that the reference takes, normalised as in the official code."""
+    """uint8 tiles -> the pixel_values that the reference takes, normalized as in the official code."""
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (torch.as_tensor(tiles).float() / 255 - mean[:, None, None]) / deviation[:, None, None]
+
+
+# ---------------------------------------------------------------------------------------------- our own model, in one call
+
+def all_logits(model, batch, caches=None):
+    """(L, V): logits of every token, not only of the answers."""
+    batch.answer_index = torch.arange(len(batch.ids), device=model.device)
+    return model(batch, caches)
+
+
+def loss_of(model, pages):
+    """Sum of the answer tokens' negative log-likelihood of (tiles, prompt) pairs, in the dtype of the model."""
+    batch = model.pack(pages)
+    return F.cross_entropy(model(batch), batch.targets, reduction="sum")

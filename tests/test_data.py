@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from data import INSTRUCTION, Examples, Page, PageStream, count_rows, gather, load_examples, open_rows, shuffled
+from data import INSTRUCTION, PageDataset, Page, PageStream, count_rows, group_rows_into_pages, load_examples, open_rows, shuffled
 from hub import serve
 from model import InputError
 from model.tiling import read_image, tile_page
@@ -26,14 +26,14 @@ def names(pages):
 
 def test_questions_of_a_page_are_gathered_in_order_of_first_appearance():
     rows = [row("b", 1), row("a", 1), row("b", 2), row("c", 1), row("a", 2), row("b", 3)]
-    assert names(gather(rows)) == [("b/1", ["1", "2", "3"]), ("a/1", ["1", "2"]), ("c/1", ["1"])]
+    assert names(group_rows_into_pages(rows)) == [("b/1", ["1", "2", "3"]), ("a/1", ["1", "2"]), ("c/1", ["1"])]
 
 
 def test_every_row_is_in_one_page_whatever_the_look_ahead():
     draw = random.Random(0)
     for look_ahead in (1, 2, 5, 40, 1000):
         rows = [row(draw.randrange(60), i) for i in range(400)]
-        pages = list(gather(rows, look_ahead))
+        pages = list(group_rows_into_pages(rows, look_ahead))
         questions = [int(q.removesuffix(INSTRUCTION)) for page in pages for q in page.questions]
         assert sorted(questions) == list(range(400))
         firsts = [int(page.questions[0].removesuffix(INSTRUCTION)) for page in pages]
@@ -45,15 +45,15 @@ def test_every_row_is_in_one_page_whatever_the_look_ahead():
 
 def test_a_page_spread_wider_than_the_window_becomes_two_and_is_counted():
     rows = [row("wide", 0), *(row(f"p{i}", i) for i in range(1, 10)), row("wide", 10)]
-    pages = list(gather(rows, 10))
+    pages = list(group_rows_into_pages(rows, 10))
     assert [page.name for page in pages if page.split] == ["wide/1"] and [page.name for page in pages].count("wide/1") == 2
-    assert len(pages) == 11 and len(list(gather(rows, 11))) == 10 and not any(page.split for page in gather(rows, 11))
+    assert len(pages) == 11 and len(list(group_rows_into_pages(rows, 11))) == 10 and not any(page.split for page in group_rows_into_pages(rows, 11))
 
 
 def test_rows_held_are_bounded_by_the_look_ahead():
     read = itertools.count()
     rows = (row(next(read), 0) for _ in itertools.count())                      # endless, every row a page of its own
-    pages = gather(rows, look_ahead=100)
+    pages = group_rows_into_pages(rows, look_ahead=100)
     next(pages)
     for _ in range(500):
         before = next(read)
@@ -65,20 +65,20 @@ def test_rows_held_are_bounded_by_the_look_ahead():
 
 def test_image_bytes_of_further_rows_are_dropped_at_once():
     first, second = bytes([1] * 1000), bytes([1] * 1000)
-    [page] = gather([row("a", 1, first), row("a", 2, second)])
+    [page] = group_rows_into_pages([row("a", 1, first), row("a", 2, second)])
     assert page.images[0] is first
 
 
 def test_pages_are_told_apart_by_their_image_where_there_are_no_numbers():
-    assert len(list(gather([row("a", i, bytes([i])) | {"ucsf_document_page_no": None} for i in range(3)]))) == 3
+    assert len(list(group_rows_into_pages([row("a", i, bytes([i])) | {"ucsf_document_page_no": None} for i in range(3)]))) == 3
     rows = [{"question": f"q{i}", "answers": "one", "image": {"bytes": image, "path": None}} for i, image in enumerate([b"A", b"B", b"A"])]
-    assert [len(page.questions) for page in gather(rows)] == [2, 1]
+    assert [len(page.questions) for page in group_rows_into_pages(rows)] == [2, 1]
 
 
 def test_the_first_answer_is_learned_as_written():
     rows = [row("a", "what is the pH of BHT") | {"answers": ["pH 7 of bht", "PH 7"]}, row("a", "none") | {"answers": []},
             row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}, row("a", "hollow") | {"answers": [None]}]
-    [page] = gather(rows)
+    [page] = group_rows_into_pages(rows)
     assert page.questions == ["what is the pH of BHT Answer the question using a single word or phrase."]
     assert page.answers == ["pH 7 of bht"] and page.unanswered == 4 and page.rows == 5
 
@@ -103,7 +103,7 @@ def test_going_on_in_the_middle_gives_the_pages_that_were_left():
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
     stream = PageStream(mixed_rows(12), epochs=2, seed=1)
-    examples = list(load_examples(stream, Examples(tiny, 4), workers))
+    examples = list(load_examples(stream, PageDataset(tiny, 4), workers))
     assert [e.page.name for e in examples] == [p.name for p in PageStream(mixed_rows(12), epochs=2, seed=1)]
     for example in examples:
         assert example.tiles.dtype == torch.uint8
@@ -125,15 +125,15 @@ COLUMNS = {                             # what each Hub copy of DocumentVQA call
 def test_every_copy_of_documentvqa_is_read(tmp_path, source):
     rows = [{name: r.get(name, "other") for name in COLUMNS[source]} for r in mixed_rows(5)]
     write_split(tmp_path, "train", rows, shards=3)                              # pages cross shards
-    pages = list(gather(open_rows(str(tmp_path), "train")))
-    expected = list(gather(rows))
+    pages = list(group_rows_into_pages(open_rows(str(tmp_path), "train")))
+    expected = list(group_rows_into_pages(rows))
     assert [(p.questions, p.answers, p.images) for p in pages] == [(p.questions, p.answers, p.images) for p in expected]
     assert len(pages) == 5 and count_rows(str(tmp_path), "train") == len(rows)
 
 
 def test_every_question_of_every_receipt_is_found(receipts):
     for split, count in (("train", 96), ("validation", 24)):
-        pages = list(gather(open_rows(str(receipts), split)))
+        pages = list(group_rows_into_pages(open_rows(str(receipts), split)))
         assert len(pages) == count and {len(page.questions) for page in pages} == {4}
         firsts = []
         for r in open_rows(str(receipts), split):
@@ -146,7 +146,7 @@ def test_every_question_of_every_receipt_is_found(receipts):
 def test_rows_stream_from_the_hub(tmp_path):
     write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
     code = ("from data import *; d = 'zhangfaen/DocumentVQA'\n"
-            "print(len(list(gather(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
+            "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
             "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
             "    try: open_rows(name, split)\n"
             "    except InputError as error: print(error)")
@@ -181,13 +181,13 @@ def test_a_mistyped_name_is_refused_without_asking_the_hub(monkeypatch, name, me
 
 
 def test_bad_pages_are_named(tiny):
-    [good] = gather(page_rows(1))
-    prepare = Examples(tiny, 4, max_length=400)
+    [good] = group_rows_into_pages(page_rows(1))
+    prepare = PageDataset(tiny, 4, max_length=400)
     assert prepare[good].problem is None
     cut = Page("9/1", [good.images[0][:100]], good.questions, good.answers, rows=3)
     assert "cannot read it as an image" in prepare[cut].problem
     assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.images, rows=3)].problem
-    assert "leave no room in --max-length 60" in Examples(tiny, 4, max_length=60)[good].problem
+    assert "leave no room in --max-length 60" in PageDataset(tiny, 4, max_length=60)[good].problem
 
 
 def test_an_error_while_reading_rows_reaches_the_reader():

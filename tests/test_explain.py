@@ -13,9 +13,10 @@ from PIL import Image, ImageChops, ImageStat
 import draw_explain
 from commands import call, infer, refuses
 from conftest import ROOT
+from reference import all_logits
 from model import InternVL
 from extras.explain import explain, follow
-from model.prompt import NOT_LEARNED, page_prompt
+from model.prompt import IGNORE_INDEX, page_prompt
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
 
@@ -68,7 +69,7 @@ def test_its_tokens_are_the_prompts(explained):
     expected = [(str(token), str(position)) for i, (token, position) in enumerate(zip(prompt.ids, prompt.positions))
                 if token != 261 or i == first_of_images]
     assert told == expected
-    assert text.count("class='token learned'") == 1 + sum(label != NOT_LEARNED for label in prompt.labels)
+    assert text.count("class='token learned'") == 1 + sum(label != IGNORE_INDEX for label in prompt.labels)
 
 
 def test_its_probabilities_are_the_models(explained):
@@ -76,8 +77,8 @@ def test_its_probabilities_are_the_models(explained):
     tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
     prompt, _ = page_prompt(model.tokenizer, 64, [5], [question], [answer])
     with torch.no_grad():
-        logits = model.language.head(model.read(model.pack([(tiles, prompt)])))
-    places = [i - 1 for i, label in enumerate(prompt.labels) if label != NOT_LEARNED]
+        logits = all_logits(model, model.pack([(tiles, prompt)]))
+    places = [i - 1 for i, label in enumerate(prompt.labels) if label != IGNORE_INDEX]
     likely = logits[places].softmax(-1)
     best = likely.topk(5).values.flatten().tolist()
     bars, told = zip(*re.findall(r"width='([\d.]+)' height='11' fill='#\w+'/><text class='p'[^>]*>([^<]+)<", text))

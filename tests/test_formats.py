@@ -13,17 +13,18 @@ from PIL import Image
 
 from commands import call, data, refuses, train
 from conftest import ROOT
-from data import Examples, PageStream, count_rows, gather, grouped, named_parts, open_rows
+from reference import loss_of
+from data import PageDataset, PageStream, count_rows, group_rows_into_pages, grouped, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
-from model.prompt import conversation_prompt
+from model.prompt import write_conversation
 from model.tiling import read_image, tile_page
 from model.tiny.pages import draw_page
 
 
 def pages_of(path, **more):
-    return list(gather(open_rows(str(path), "train", hold_out=False, **more)))
+    return list(group_rows_into_pages(open_rows(str(path), "train", hold_out=False, **more)))
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,14 @@ def test_every_format_gives_the_same_pages_tokens_and_tiles(files, asked, tiny):
         pages = pages_of(file)
         assert {page.images[0]: list(zip(page.questions, page.answers)) for page in pages} == expected, name
         assert [page.images[0] for page in pages] == list(expected), name
-        examples = [Examples(tiny, 4)[page] for page in pages]
+        examples = [PageDataset(tiny, 4)[page] for page in pages]
         first = first or (contents(pages), [(e.prompt, e.tiles) for e in examples])
         assert contents(pages) == first[0], name
         assert all(e.prompt == prompt and torch.equal(e.tiles, tiles) for e, (prompt, tiles) in zip(examples, first[1])), name
 
 
 def test_a_file_gives_the_pages_of_the_hub_layout(receipts, tmp_path):
-    hub, rows = list(gather(open_rows(str(receipts), "validation"))), []
+    hub, rows = list(group_rows_into_pages(open_rows(str(receipts), "validation"))), []
     for row in open_rows(str(receipts), "validation"):
         (tmp_path / f"{row['docId']}.jpg").write_bytes(row["image"]["bytes"])
         rows.append((f"{row['docId']}.jpg", row["question"], row["answers"][0]))
@@ -89,15 +90,15 @@ def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny)
                     "history": [[f"<image>{turns[0][0]}", turns[0][1]], list(turns[1])]},
     }
     (tmp_path / "a.jsonl").write_text(jsonl(entries.values()))
-    pages = [page for i in range(3) for page in gather(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
+    pages = [page for i in range(3) for page in group_rows_into_pages(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
     assert contents(pages)[0] == contents(pages)[1] == contents(pages)[2]
-    example = Examples(tiny, 4)[pages[0]]
-    whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+    example = PageDataset(tiny, 4)[pages[0]]
+    whole = write_conversation(tiny.tokenizer, 64, example.tile_counts, turns)
     skip = len(tiny.tokenizer("Be brief.").input_ids) - 1           # the model's own system sentence is one token
     assert example.prompt.ids[-60:] == whole.ids[-60:] and example.prompt.labels[-60:] == whole.labels[-60:]
     assert example.prompt.positions == list(range(len(whole.ids) + skip)) and set(example.prompt.branches) == {0, 1}
     assert example.answer_tokens == sum(len(tiny.tokenizer(a).input_ids) + 1 for _, a in turns)
-    prompt, _ = Examples(tiny, 4).write(pages[0], example.tile_counts, asked=[0, 2])        # asked behind the true turns before
+    prompt, _ = PageDataset(tiny, 4).write(pages[0], example.tile_counts, asked=[0, 2])        # asked behind the true turns before
     last = [token for token, branch in zip(prompt.ids, prompt.branches) if branch == 2]
     learned = [token for token, branch in zip(example.prompt.ids, example.prompt.branches) if branch == 1]
     assert learned[:len(last)] == last and prompt.branches.count(1) < prompt.branches.count(2)
@@ -120,19 +121,19 @@ def test_images_in_the_text_stay_where_they_are(asked, tmp_path, tiny):
         {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]} for images, turns in rows))
     pages = pages_of(tmp_path / "a.jsonl")
     assert [len(page.questions) for page in pages] == [1, 2, 2, 1, 2]                      # the third and fourth are one page
-    examples, seen = [Examples(tiny, 12)[page] for page in pages], [0, 1, 2, 4, 5]
+    examples, seen = [PageDataset(tiny, 12)[page] for page in pages], [0, 1, 2, 4, 5]
     for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
         counts = [len(tile_page(read_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
         assert example.tile_counts == counts and len(example.tiles) == sum(counts)
         if example.page is not pages[2]:
-            whole = conversation_prompt(tiny.tokenizer, 64, counts, turns)
+            whole = write_conversation(tiny.tokenizer, 64, counts, turns)
             assert (example.prompt.ids, example.prompt.labels) == (whole.ids, whole.labels)
             assert example.prompt.positions == list(range(len(whole.ids)))
     with torch.no_grad():                                       # split into prefix and branch or not: the loss is the same
         for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
             if example.page is not pages[2]:
-                whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
-                losses = [tiny.loss(tiny.pack([(example.tiles, prompt)])).item() for prompt in (example.prompt, whole)]
+                whole = write_conversation(tiny.tokenizer, 64, example.tile_counts, turns)
+                losses = [loss_of(tiny, [(example.tiles, prompt)]).item() for prompt in (example.prompt, whole)]
                 assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_weights_say_how_often_rows_come_and_spread_them_evenly(files, asked):
         assert (came[str(a)], came[str(b)]) == counts and count_rows(mixed, "train", hold_out=False) == sum(counts) == len(rows)
         halves = collections.Counter(row["place"].rpartition(":")[0] for row in rows[:len(rows) // 2])
         assert all(abs(2 * halves[str(f)] - came[str(f)]) <= 2 for f in (a, b))
-        pages = list(gather(rows))
+        pages = list(group_rows_into_pages(rows))
         assert sum(len(page.questions) for page in pages) == len(rows)
         assert all(len(set(page.questions)) == len(page.questions) for page in pages)   # a repeated row is another page
     assert named_parts(f"{a}=2,owner/name:x,{b}") == [(str(a), 2.0), ("owner/name:x", 1.0), (str(b), 1.0)]
@@ -172,14 +173,14 @@ def test_a_mixture_file_sets_weights_tiles_and_augmentation(files, asked, tmp_pa
         "often": {"root": str(folder), "annotation": str(files["internvl.jsonl"]), "repeat_time": 2, "data_augment": True}}))
     mixed = list(open_rows(str(tmp_path / "mix.json"), "train", hold_out=False))
     assert len(mixed) == len(rows) // 2 + 2 * len(rows)
-    examples = [Examples(tiny, 4)[page] for page in gather(mixed)]
+    examples = [PageDataset(tiny, 4)[page] for page in group_rows_into_pages(mixed)]
     small = [example for example in examples if example.page.max_tiles == 1]
     assert small and all(len(example.tiles) == 1 for example in small) and any(len(example.tiles) == 5 for example in examples)
     augmented = [example for example in examples if example.page.augment]
     plain = tile_page(read_image(augmented[0].page.images[0]), 4, 128)
     assert not (augmented[0].tiles == torch.from_numpy(plain)).all()
     assert (augmented[0].tiles.float() - torch.from_numpy(plain).float()).abs().mean() < 12     # but it is the same page
-    again = Examples(tiny, 4)[augmented[0].page]
+    again = PageDataset(tiny, 4)[augmented[0].page]
     assert torch.equal(again.tiles, augmented[0].tiles)                                 # drawn from page and epoch
 
 
@@ -201,7 +202,7 @@ def test_micro_batches_have_pages_of_like_size_and_go_on_in_the_middle(tmp_path,
     for i, size in enumerate(((100, 100), (256, 128), (256, 256), (512, 128))):
         Image.new("L", size).save(tmp_path / f"{i}.png")
     (tmp_path / "a.jsonl").write_text(jsonl({"image": f"{random.Random(i).randrange(4)}.png", "query": f"{i}?", "response": "x"} for i in range(203)))
-    examples = Examples(tiny, 4)
+    examples = PageDataset(tiny, 4)
     rows = open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False)
 
     def order(**where):
@@ -329,7 +330,7 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
     page = pages_of(files["llava.json"])[2]
-    example = Examples(tiny, 12)[page]
+    example = PageDataset(tiny, 12)[page]
     n = len(example.tiles)
     assert f"tiles: {picture}" in out and Image.open(picture).size == (n * 136 - 8, 128)
     for question, answer in zip(page.questions, page.answers):

@@ -6,11 +6,11 @@ import torch
 
 from conftest import SHARED, real
 from model import InternVL
-from model.generate import choose, generate
-from model.prompt import conversation_prompt, page_prompt
+from model.generate import generate, sample
+from model.prompt import write_conversation, page_prompt
 from model.tiling import read_image, tile_page
 from model.tiny.pages import SHAPES, draw_page
-from reference import reference_model, reference_pixels
+from reference import all_logits, reference_model, reference_pixels
 
 
 def answers(model, pages, count, **sampling):
@@ -47,8 +47,8 @@ def wide_reference(wide):
 @pytest.mark.parametrize("case", ["one image", "12 tiles", "two images", "Chinese", "no image"])
 def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference, case):
     if SHARED.exists():
-        from data import gather, open_rows
-        images = [read_image(page.images[0]) for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(2))]
+        from data import group_rows_into_pages, open_rows
+        images = [read_image(page.images[0]) for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(2))]
     else:
         from PIL import Image
         images = [Image.effect_noise(size, 90) for size in ((619, 1475), (900, 1200))]
@@ -58,7 +58,7 @@ def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference,
     if case == "12 tiles":
         tiles = [tile_page(images[0].resize((1200, 900)), 12)]
         assert len(tiles[0]) == 13
-    prompt = conversation_prompt(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
+    prompt = write_conversation(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     assert answers(wide, [(stacked, prompt)], 16) == [reference_answer(wide_reference, wide, stacked, prompt, 16)]
 
@@ -67,7 +67,7 @@ def test_a_batch_of_8_pages_of_different_sizes_equals_the_reference(tiny):
     """Each page alone in the reference, all together here; also two images, and none."""
     sizes = [[1], [3], [5], [2, 1], [], [4], [7], [1, 1]]
     pages = [(torch.cat(tiles_of(*numbers)) if numbers else [],
-              conversation_prompt(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
+              write_conversation(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
     reference, end = reference_model(tiny), tiny.tokenizer.eos_token_id
     expected = [reference_answer(reference, tiny, tiles, prompt, 12) for tiles, prompt in pages]
     assert answers(tiny, pages, 12) == [answer[:answer.index(end) + 1] if end in answer else answer for answer in expected]
@@ -80,17 +80,17 @@ def test_branches_answered_together_equal_each_alone(tiny):
 
 def test_a_batch_of_pages_equals_each_alone(tiny):
     pages = [pages_of(tiny, ["A?", "And B?"], 1)[0], pages_of(tiny, ["What?"], 3)[0]]
-    pages.append(([], conversation_prompt(tiny.tokenizer, 64, [], [("No image?", None)])))
+    pages.append(([], write_conversation(tiny.tokenizer, 64, [], [("No image?", None)])))
     assert answers(tiny, pages, 12) == [answer for page in pages for answer in answers(tiny, [page], 12)]
 
 
 def test_cached_decoding_equals_reading_everything_again(tiny):
-    tiles, prompt = tiles_of(2)[0], conversation_prompt(tiny.tokenizer, 64, [2], [("What?", None)])
+    tiles, prompt = tiles_of(2)[0], write_conversation(tiny.tokenizer, 64, [2], [("What?", None)])
     [tokens] = answers(tiny, [(tiles, prompt)], 10)
     again = []
     with torch.no_grad():
         for _ in tokens:
-            logits = tiny.language.head(tiny.read(tiny.pack([(tiles, prompt)]))[-1])
+            logits = all_logits(tiny, tiny.pack([(tiles, prompt)]))[-1]
             again.append(logits.argmax().item())
             for column, value in zip((prompt.ids, prompt.labels, prompt.positions, prompt.branches),
                                      (again[-1], -100, len(prompt.ids), 0)):
@@ -102,30 +102,30 @@ def test_generation_ends_with_the_end_of_turn(tiny, monkeypatch):
     end = tiny.tokenizer.eos_token_id
     with torch.no_grad():
         tiny.language.norm.weight.zero_()                       # all logits equal: argmax is token 0
-        tiny.language.head.weight.zero_()
+        tiny.language.lm_head.weight.zero_()
     together, _ = pages_of(tiny, ["A?", "B?"], 1)
     assert answers(tiny, [together], 5) == [[0] * 5] * 2
     steps = iter([[end, 0], [end]])
-    monkeypatch.setattr("model.generate.choose", lambda *_: torch.tensor(next(steps)))
+    monkeypatch.setattr("model.generate.sample", lambda *_: torch.tensor(next(steps)))
     assert list(generate(tiny, [together], 5)) == [[end, 0], [None, end]]
 
 
 def test_sampling_draws_from_the_likeliest_tokens_of_probability_top_p():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log_softmax(-1).expand(4000, 4)
     generators = [torch.Generator().manual_seed(0)] * 4000
-    everything = choose(logits, 1.0, 1.0, generators).bincount(minlength=4) / 4000
+    everything = sample(logits, 1.0, 1.0, generators).bincount(minlength=4) / 4000
     torch.testing.assert_close(everything, logits[0].exp(), atol=0.03, rtol=0)
-    two = choose(logits, 1.0, 0.8, generators).bincount(minlength=4)         # 0.64 + 0.24 reach 0.8
+    two = sample(logits, 1.0, 0.8, generators).bincount(minlength=4)         # 0.64 + 0.24 reach 0.8
     assert two[2:].sum() == 0 and two[1] > 0
-    assert choose(logits, 1.0, 0.01, generators).unique().tolist() == [0]
-    hot = choose(logits, 100.0, 1.0, generators).bincount(minlength=4) / 4000
+    assert sample(logits, 1.0, 0.01, generators).unique().tolist() == [0]
+    hot = sample(logits, 100.0, 1.0, generators).bincount(minlength=4) / 4000
     assert (hot - 0.25).abs().max() < 0.03
 
 
 def test_answers_are_the_same_when_the_tiles_were_seen_before(tiny):
     together, _ = pages_of(tiny, ["A?", "Which?"], 2)
     with torch.no_grad():
-        seen = tiny.see(together[0])
+        seen = tiny.encode_images(together[0])
     assert answers(tiny, [together], 8, image_tokens=seen) == answers(tiny, [together], 8)
 
 

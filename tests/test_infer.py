@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from commands import call, infer, refuses
-from data import gather
+from data import group_rows_into_pages
 from model.chat import decode
 from model.generate import generate
-from model.prompt import conversation_prompt
+from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
 from small_data import mixed_rows, write_dataset, write_split
@@ -47,7 +47,7 @@ def test_json_says_what_was_read_and_answered(ask, page, tiny):
     result = json.loads(ask("--image", page, "--json", "What is the total?"))
     assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
     tiles = tile_page(infer.load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the total?", None)])
+    prompt = write_conversation(tiny.tokenizer, 64, [5], [("What is the total?", None)])
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
     assert result["answer"] == tiny.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -75,7 +75,7 @@ def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
     tiles = tile_page(infer.load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
+    prompt = write_conversation(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == decode(tiny, tokens)
 
@@ -141,8 +141,8 @@ def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypat
     Image.effect_noise((128, 128), 90).save(tmp_path / "other.png")
     asked = [("A?", ["page.png"]), ("B?", ["other.png"]), ("C?", ["page.png"]), ("D?", []), ("And E?", ["page.png"])]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "images": i}) for q, i in asked))
-    seen, see = [], InternVL.see
-    monkeypatch.setattr(InternVL, "see", lambda model, tiles: seen.append(len(tiles)) or see(model, tiles))
+    seen, see = [], InternVL.encode_images
+    monkeypatch.setattr(InternVL, "encode_images", lambda model, tiles: seen.append(len(tiles)) or see(model, tiles))
     for batch, expected in ((1, [5, 1]), (2, [5, 1]), (8, [6])):
         seen.clear()
         results = [json.loads(line) for line in ask("--questions", tmp_path / "q.jsonl", "--batch", batch).splitlines()]
@@ -356,7 +356,7 @@ def test_scores_are_those_of_the_answers_told_by_type_and_without_answers_none(f
         ids = [model.tokenizer(text).input_ids for text in texts]
         return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
     monkeypatch.setattr(infer, "generate", knowing)
-    order = [name for page in gather(rows) for name in page.ids]
+    order = [name for page in group_rows_into_pages(rows) for name in page.ids]
     asked = iter([truth[name] + ("!" if i == 0 else "") for i, name in enumerate(order)])
     common = ("--model", folder, "--device", "cpu", "--evaluate", tmp_path / "data", "--json", "--max-new-tokens", 50)
     table = json.loads(call(infer, capsys, monkeypatch, *common)[1])

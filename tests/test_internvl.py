@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import real
-from data import Examples, gather, open_rows
+from data import PageDataset, group_rows_into_pages, open_rows
 from model.prompt import page_prompt
-from reference import reference_model, reference_pixels
+from reference import all_logits, loss_of, reference_model, reference_pixels
 from small_data import mixed_rows
 from train import accumulate_gradients, choose_parts, make_optimizer
 
@@ -17,8 +17,8 @@ PROJECTOR = {"norm": "layer_norm", "up": "linear_1", "out": "linear_2"}
 
 def examples_of(model, rows, pages, max_tiles):
     """The first pages of some rows as the model reads them."""
-    prepared = Examples(model, max_tiles)
-    return [prepared[page] for page, _ in zip(gather(rows), range(pages))]
+    prepared = PageDataset(model, max_tiles)
+    return [prepared[page] for page, _ in zip(group_rows_into_pages(rows), range(pages))]
 
 
 def relative(a, b):
@@ -49,7 +49,7 @@ def test_logits_loss_and_gradients_equal_the_reference_at_1b_widths(wide, source
     choose_parts(model, "projector")
     for example in examples_of(model, rows, pages=1, max_tiles=tiles):
         batch = model.pack([(example.tiles, example.prompt)])
-        ours = model.language.head(model.read(batch, places=batch.answer_places)).detach()
+        ours = model(batch).detach()
         loss = accumulate_gradients(model, [example], 1).item()
         expected_loss, expected = reference_loss(reference, model, example, example.answer_tokens)
         assert (ours - expected).abs().max() < 1e-3
@@ -73,8 +73,7 @@ def double(tiny):
 def gradient(model, pages):
     """(loss sum, projector gradient as one vector) of some (tiles, prompt) pages in one row."""
     model.zero_grad()
-    loss = model.language.head(model.read(batch := model.pack(pages), places=batch.answer_places))
-    loss = F.cross_entropy(loss, batch.targets, reduction="sum")                    # model.loss is float32 here
+    loss = loss_of(model, pages)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.projector.parameters()])
 
@@ -110,7 +109,7 @@ def test_accumulation_equals_a_large_batch(tiny):
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert relative(grad, results[0][1]) < 1e-6
     tokens = sum(example.answer_tokens for example in examples)
-    sums = [tiny.loss(tiny.pack([(e.tiles, e.prompt)])).item() for e in examples]
+    sums = [loss_of(tiny, [(e.tiles, e.prompt)]).item() for e in examples]
     assert results[0][0] == pytest.approx(sum(sums) / tokens, rel=1e-6)             # of tokens, not of micro-batch means
 
 
@@ -177,12 +176,12 @@ def test_a_page_without_images_is_read(tiny):
     with torch.no_grad():
         first = [i for i, b in enumerate(prompt.branches) if b < 2]
         expected = reference(input_ids=torch.tensor([prompt.ids])[:, first]).logits[0]
-        torch.testing.assert_close(tiny.language.head(tiny.read(batch))[first], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(all_logits(tiny, batch)[first], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_page_is_seen_once_whatever_it_is_asked(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(type(tiny), "see", lambda self, tiles, see=type(tiny).see: seen.append(len(tiles)) or see(self, tiles))
+    monkeypatch.setattr(type(tiny), "encode_images", lambda self, tiles, see=type(tiny).encode_images: seen.append(len(tiles)) or see(self, tiles))
     [example] = examples_of(tiny, mixed_rows(1), pages=1, max_tiles=4)
-    tiny.loss(tiny.pack([(example.tiles, example.prompt)]))
+    loss_of(tiny, [(example.tiles, example.prompt)])
     assert seen == [len(example.tiles)] and len(example.page.questions) > 1

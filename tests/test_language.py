@@ -6,8 +6,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from model.checkpoint import official_name
 from model.config import LanguageConfig
-from model.language import Cache, Decoder, look_back
-from model.layers import Linear
+from model.language import KVCache, Decoder, page_mask
 
 SMALL = LanguageConfig(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, vocabulary=99, rope_theta=1e6)
 
@@ -23,7 +22,7 @@ def decoder():
 
 
 def read(decoder, ids, positions, branches, cache=None):
-    return decoder.head(decoder(decoder.embedding(ids), positions, [look_back(branches, cache)]))
+    return decoder.lm_head(decoder(decoder.embedding(ids), positions, [page_mask(branches, cache)]))
 
 
 def test_logits_equal_transformers_qwen2(decoder):
@@ -54,8 +53,8 @@ def test_branches_equal_separate_sequences(decoder):
 def test_pages_in_a_row_do_not_see_each_other(decoder):
     ids, zeros = torch.randint(99, (20,)), torch.zeros(20, dtype=torch.long)
     positions = torch.cat([torch.arange(12), torch.arange(8)])
-    row = decoder(decoder.embedding(ids), positions, [look_back(zeros[:12]), look_back(zeros[:8])])
-    second = decoder(decoder.embedding(ids[12:]), torch.arange(8), [look_back(zeros[:8])])
+    row = decoder(decoder.embedding(ids), positions, [page_mask(zeros[:12]), page_mask(zeros[:8])])
+    second = decoder(decoder.embedding(ids[12:]), torch.arange(8), [page_mask(zeros[:8])])
     torch.testing.assert_close(row[12:], second, rtol=1e-12, atol=1e-12)
 
 
@@ -63,7 +62,7 @@ def test_pages_in_a_row_do_not_see_each_other(decoder):
 def test_cached_reading_equals_reading_at_once(decoder, cuts):
     ids, zeros = torch.randint(99, (20,)), torch.zeros(20, dtype=torch.long)
     whole = read(decoder, ids, torch.arange(20), zeros)
-    cache, start, parts = Cache(SMALL, 20, "cpu", torch.float64), 0, []
+    cache, start, parts = KVCache(SMALL, 20, "cpu", torch.float64), 0, []
     for n in cuts:
         parts.append(read(decoder, ids[start:start + n], torch.arange(start, start + n), zeros[:n], cache))
         start += n
@@ -71,14 +70,14 @@ def test_cached_reading_equals_reading_at_once(decoder, cuts):
 
 
 def test_the_mask_is_the_one_drawn_in_the_docstring():
-    page = look_back(torch.tensor([0, 0, 1, 1, 2]))
+    page = page_mask(torch.tensor([0, 0, 1, 1, 2]))
     assert page.causal == 2
     assert page.mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert look_back(torch.zeros(5, dtype=torch.long)).causal == 5
+    assert page_mask(torch.zeros(5, dtype=torch.long)).causal == 5
 
 
 def test_a_row_costs_no_square_mask():
-    page = look_back(torch.tensor([0] * 3000 + [1] * 20 + [2] * 20))
+    page = page_mask(torch.tensor([0] * 3000 + [1] * 20 + [2] * 20))
     assert page.mask.shape == (40, 3040)
 
 
@@ -87,28 +86,18 @@ def test_parameters_are_629663872():
         assert sum(p.numel() for p in Decoder(LanguageConfig()).parameters()) == 629_663_872
 
 
-def test_the_last_layer_computes_only_what_is_asked_for(decoder):
+def test_the_rows_asked_for_equal_those_of_the_whole(decoder):
     prefix, lengths = 11, (4, 1, 7)
     branches = torch.cat([torch.zeros(prefix, dtype=torch.long), *(torch.full((n,), i) for i, n in enumerate(lengths, 1))])
     positions = torch.cat([torch.arange(prefix), *(prefix + torch.arange(n) for n in lengths)])
     x = decoder.embedding(torch.randint(99, (2 * len(branches),))).requires_grad_(True)
-    both, pages = torch.cat([positions, positions]), [look_back(branches), look_back(branches)]
+    both, pages = torch.cat([positions, positions]), [page_mask(branches), page_mask(branches)]
     asked = [torch.tensor([3, 12, 13, 22]), torch.tensor([10, 15])]             # of the prefix and of branches, in any order
     rows = torch.cat([asked[0], len(branches) + asked[1]])
     whole = decoder(x, both, pages)[rows]
-    only = decoder(x, both, pages, rows, [look_back(branches, places=places) for places in asked])
+    only = decoder(x, both, pages, rows)
     torch.testing.assert_close(only, whole, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(whole)
     expected, = torch.autograd.grad((whole * weights).sum(), x)
     found, = torch.autograd.grad((only * weights).sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_row_in_bfloat16_is_rounded_as_little_as_many(bias):
-    torch.manual_seed(0)
-    linear = Linear(896, 128, bias=bias).requires_grad_(False)
-    x = torch.randn(5, 896).bfloat16()
-    exact = torch.nn.functional.linear(x.double(), linear.weight.bfloat16().double(), linear.bias.bfloat16().double() if bias else None)
-    for rows in (x, x[:1]):
-        torch.testing.assert_close(linear(rows).double(), exact[:len(rows)], rtol=2 ** -8, atol=1e-5)   # bfloat16's own rounding

@@ -12,7 +12,7 @@ from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForCo
 
 from commands import call, refuses, train
 from conftest import real
-from data import Examples, gather
+from data import PageDataset, group_rows_into_pages
 from model import InputError, InternVL
 from model.checkpoint import TINY, official_name
 from model.config import Config
@@ -48,7 +48,7 @@ def export(tmp_path, capsys, monkeypatch):
 
 def asked():
     """(Pillow image, question) pairs about drawn pages."""
-    return [(read_image(page.images[0]), page.questions[0]) for page in gather(mixed_rows(4))]
+    return [(read_image(page.images[0]), page.questions[0]) for page in group_rows_into_pages(mixed_rows(4))]
 
 
 def our_answers(model, count=12):
@@ -159,7 +159,7 @@ def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
     tiny = InternVL.from_pretrained("tiny", "cpu")
     page = example(tiny)
     page.page.questions, page.page.answers = page.page.questions[:1], page.page.answers[:1]
-    page = Examples(tiny, 4)[page.page]
+    page = PageDataset(tiny, 4)[page.page]
     peft = get_peft_model(reference_model(tiny), LoraConfig(r=3, lora_alpha=7, target_modules=pattern, modules_to_save=whole, use_rslora=whole is None))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in peft.named_parameters():

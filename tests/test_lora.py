@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from data import Examples, gather
+from data import PageDataset, group_rows_into_pages
 from model import InputError, InternVL
 from model.checkpoint import load_checkpoint, merged, save_checkpoint
-from model.lora import TARGETS, add_adapters, adapters, targeted
+from model.lora import TARGETS, add_adapters, adapters, target_layers
 from reference import reference_model, reference_pixels
 from small_data import mixed_rows
 from train import accumulate_gradients, choose_parts, make_optimizer, part_parameters
@@ -19,13 +19,13 @@ LLM_LEAVES = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
 def example(model, page=0):
-    pages = gather(mixed_rows(3))
-    return Examples(model, 4)[list(pages)[page]]
+    pages = group_rows_into_pages(mixed_rows(3))
+    return PageDataset(model, 4)[list(pages)[page]]
 
 
 def logits(model, page):
     batch = model.pack([(page.tiles, page.prompt)])
-    return model.language.head(model.read(batch, places=batch.answer_places))
+    return model(batch)
 
 
 def filled(model, seed=0):
@@ -46,13 +46,13 @@ def test_targets_are_the_layers_they_name():
     with torch.device("meta"):
         from model.config import Config
         model = InternVL(Config())
-    counts = {target: len(targeted(model, target)) for target in TARGETS}
+    counts = {target: len(target_layers(model, target)) for target in TARGETS}
     assert counts == {"llm": 7 * 24, "qkv": 3 * 24, "vision": 4 * 24, "all-linear": 11 * 24 + 2}
-    assert len(targeted(model, "qkv,vision")) == 7 * 24
+    assert len(target_layers(model, "qkv,vision")) == 7 * 24
     with torch.device("meta"):
-        for layer in targeted(model, "llm").values():
-            from model.lora import Adapter
-            layer.adapter = Adapter(layer.in_features, layer.out_features, 16, 32)
+        for layer in target_layers(model, "llm").values():
+            from model.lora import LoRA
+            layer.adapter = LoRA(layer.in_features, layer.out_features, 16, 32)
     assert sum(p.numel() for p in part_parameters(model)["lora"]) == 8_798_208          # seven layers in each of 24 blocks, rank 16
 
 
@@ -108,7 +108,7 @@ def peft_twin(model, pattern):
 
 def without_adapters(model):
     plain = copy.deepcopy(model)
-    for layer in targeted(plain, "all-linear").values():
+    for layer in target_layers(plain, "all-linear").values():
         layer.adapter = None
     return plain
 
@@ -126,7 +126,7 @@ def test_outputs_gradients_and_merged_weights_are_pefts(adapted):
     choose_parts(adapted, "lora")
     page = example(adapted)
     page.page.questions, page.page.answers = page.page.questions[:1], page.page.answers[:1]       # the reference reads one a row
-    page = Examples(adapted, 4)[page.page]
+    page = PageDataset(adapted, 4)[page.page]
     twin, layers = peft_twin(adapted, rf"model\.language_model\..*\.({LLM_LEAVES})")
     ours = logits(adapted, page)
     theirs = twin(input_ids=torch.tensor([page.prompt.ids]), pixel_values=reference_pixels(page.tiles)).logits[0, :-1]
@@ -163,7 +163,7 @@ def test_only_the_adapters_and_what_else_trains_move(tiny, train, targets):
     whole = {"projector"} if "projector" in train else set()
     assert changed == {name for name in before if ".adapter." in name or name.split(".")[0] in whole}
     assert {name.split(".")[0] for name in changed} == MODES[train, targets]
-    assert {name.removesuffix(".adapter.a.weight") for name in changed if name.endswith("a.weight")} == set(targeted(tiny, targets))
+    assert {name.removesuffix(".adapter.a.weight") for name in changed if name.endswith("a.weight")} == set(target_layers(tiny, targets))
 
 
 def test_dropout_is_for_training_alone(tiny):
@@ -182,8 +182,8 @@ def test_recomputed_activations_give_the_same_gradient(tiny, train, targets):
         filled(tiny)
     choose_parts(tiny, train)
     gradients = []
-    for recompute in (False, True):
-        tiny.vision.recompute = tiny.language.recompute = recompute
+    for gradient_checkpointing in (False, True):
+        tiny.vision.gradient_checkpointing = tiny.language.gradient_checkpointing = gradient_checkpointing
         tiny.zero_grad()
         torch.manual_seed(1)                                            # the same dropout, drawn again in the backward pass
         loss = accumulate_gradients(tiny, [example(tiny)], 1)

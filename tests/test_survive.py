@@ -23,7 +23,7 @@ from conftest import ROOT
 from data import MOST_QUESTIONS, PageStream, open_rows
 from model import InputError, InternVL, network
 from model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from model.prompt import NOT_LEARNED, page_prompt
+from model.prompt import IGNORE_INDEX, page_prompt
 from model.tiling import choose_grid, read_image, tile_page
 from model.tiny import pages
 from small_data import mixed_rows, write_split
@@ -387,7 +387,7 @@ def test_prompts_of_any_page_keep_to_the_rules(tiny):
         assert sorted(set(prompt.branches) - {0}) == list(range(1, len(used) + 1))
         prefix = prompt.branches.count(0)
         for branch, i in enumerate(used, 1):
-            learned = [label for label, b in zip(prompt.labels, prompt.branches) if b == branch and label != NOT_LEARNED]
+            learned = [label for label, b in zip(prompt.labels, prompt.branches) if b == branch and label != IGNORE_INDEX]
             assert tiny.tokenizer.decode(learned[:-1]) == tiny.tokenizer.decode(tiny.tokenizer(answers[i], split_special_tokens=True).input_ids)
             assert not most or prefix + prompt.branches.count(branch) <= most
         alone = [page_prompt(tiny.tokenizer, 64, [1], [questions[i]], [answers[i]])[0] for i in used]
@@ -429,13 +429,13 @@ def test_pauses_grow_are_told_and_end(monkeypatch, capsys):
     clock, told = [0.0], []
     monkeypatch.setattr(network.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(network.time, "sleep", lambda seconds: (told.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
-    patience = network.Patience(600)
+    patience = network.Backoff(600)
     while patience.wait(ConnectionError("gone")):
         pass
     assert told == [1, 2, 4, 8, 16, 32, *[60] * 8] and clock[0] <= 600
     assert capsys.readouterr().err.count("trying again in") == len(told)
     with pytest.raises(FileNotFoundError):                              # no trouble of the network
-        network.retried(lambda: fail(FileNotFoundError("x")))
+        network.retry(lambda: fail(FileNotFoundError("x")))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from conftest import real
 from model import InputError
 from model.tiling import choose_grid, read_image, tile_page
-from model.vision import DEVIATION, MEAN, normalise
+from model.vision import IMAGENET_STD, IMAGENET_MEAN, normalize
 
 # golden vectors: width, height: grid for at most 1, 6, 12 and 18 tiles
 GRIDS = {
@@ -34,7 +34,7 @@ TIES = {
 
 def reference_pixels(images, max_tiles):
     """float (tiles, 3, 448, 448) from transformers' image processor, Pillow backend."""
-    processor = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, image_mean=MEAN, image_std=DEVIATION,
+    processor = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD,
                                          crop_to_patches=True, min_patches=1, max_patches=max_tiles, do_convert_rgb=True)
     return torch.from_numpy(np.stack(processor(images, return_tensors="np")["pixel_values"]))
 
@@ -60,7 +60,7 @@ def test_grids_equal_the_reference_on_4000_random_sizes():
 def test_pixels_are_those_of_the_fact_sheet():
     x, y = np.meshgrid(np.arange(1000), np.arange(700))
     page = Image.fromarray(np.stack([x * 255 // 999, y * 255 // 699, (x + y) % 256], -1).astype(np.uint8))
-    pixels = normalise(torch.from_numpy(tile_page(page, 12)), torch.float32)
+    pixels = normalize(torch.from_numpy(tile_page(page, 12)), torch.float32)
     assert pixels.shape == (7, 3, 448, 448)
     assert pixels.mean().item() == pytest.approx(0.22193092, abs=1e-6) and pixels.std().item() == pytest.approx(1.28667533, abs=1e-6)
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([-2.1179039, -2.0357141, -1.8044444], abs=1e-6)
@@ -76,21 +76,21 @@ def test_pixels_equal_the_reference_in_every_mode(mode):
         ImageDraw.Draw(page).ellipse((0, 0, *size), fill=(draw.randrange(256), 80, 200))
         page = page.convert(mode)
         most = draw.choice((1, 4, 12))
-        ours = normalise(torch.from_numpy(tile_page(page, most)), torch.float32)
+        ours = normalize(torch.from_numpy(tile_page(page, most)), torch.float32)
         torch.testing.assert_close(ours, reference_pixels([page.convert("RGB")], most), rtol=0, atol=1e-6)
 
 
 def test_pixels_equal_the_reference_on_real_receipts():
-    from data import gather, open_rows
-    for page, _ in zip(gather(open_rows(str(real("receipts")), "validation")), range(6)):
+    from data import group_rows_into_pages, open_rows
+    for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(6)):
         image = read_image(page.images[0])
-        ours = normalise(torch.from_numpy(tile_page(image, 12)), torch.float32)
+        ours = normalize(torch.from_numpy(tile_page(image, 12)), torch.float32)
         torch.testing.assert_close(ours, reference_pixels([image.convert("RGB")], 12), rtol=0, atol=1e-6)
 
 
 def test_pixels_equal_the_reference_on_photos():
     image = read_image(real("examples") / "image1.jpg")
-    ours = normalise(torch.from_numpy(tile_page(image, 12)), torch.float32)
+    ours = normalize(torch.from_numpy(tile_page(image, 12)), torch.float32)
     torch.testing.assert_close(ours, reference_pixels([image], 12), rtol=0, atol=1e-6)
 
 

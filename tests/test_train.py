@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from commands import call, refuses, train
 from conftest import ROOT
-from data import gather
+from data import group_rows_into_pages
 from hub import serve
 from model import InternVL
 from model.checkpoint import TINY, official_name
 from model.tiny.pages import draw_page
+from reference import loss_of
 from small_data import mixed_rows, write_dataset, write_split
 
 METRICS = {"step", "train_loss", "lr", "grad_norm", "questions", "answer_tokens", "questions_per_second", "data_wait", "peak_gb"}
@@ -98,7 +99,7 @@ def test_the_logged_loss_and_gradient_do_not_depend_on_the_micro_batch(fit):
 
 def test_left_over_pages_are_a_step_of_their_own(fit, dataset):
     run = fit("run", "--accumulate", 5, "--epochs", 2, "--eval-every", 0)
-    pages = list(gather(mixed_rows(12)))
+    pages = list(group_rows_into_pages(mixed_rows(12)))
     assert len(training(run)) == 6                                      # 5 + 5 + 2 pages, twice
     assert sum(line["questions"] for line in training(run)) == 2 * sum(len(page.questions) for page in pages)
 
@@ -110,15 +111,15 @@ def test_steps_and_epochs_end_the_run_at_the_first_one_reached(fit):
 
 
 def test_validation_is_the_token_weighted_loss_of_the_fixed_pages(fit, folder):
-    from data import Examples
+    from data import PageDataset
     run = fit("run", "--steps", 1, "--lr", 0)
     lines = [line for line in metrics(run) if "val_loss" in line]
     assert [line["step"] for line in lines] == [0, 1] and lines[0]["val_loss"] == lines[1]["val_loss"]
     model = InternVL.from_pretrained(folder, "cpu")
     total = tokens = 0
-    for page in gather(mixed_rows(4, first=1000)):
-        example = Examples(model, 4)[page]
-        total, tokens = total + model.loss(model.pack([(example.tiles, example.prompt)])).item(), tokens + example.answer_tokens
+    for page in group_rows_into_pages(mixed_rows(4, first=1000)):
+        example = PageDataset(model, 4)[page]
+        total, tokens = total + loss_of(model, [(example.tiles, example.prompt)]).item(), tokens + example.answer_tokens
     assert lines[0]["val_loss"] == pytest.approx(total / tokens, rel=1e-6)
 
 
@@ -132,7 +133,7 @@ def test_the_schedule_is_the_one_of_transformers_sampled_in_the_middle_of_each_s
     settings = Namespace(schedule=schedule, warmup=warmup / steps)
     for half in range(2 * steps):
         if half % 2:
-            assert 4e-5 * train.share_of_rate(half / 2 / steps, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-16)
+            assert 4e-5 * train.lr_factor(half / 2 / steps, settings) == pytest.approx(reference.get_last_lr()[0], rel=1e-9, abs=1e-16)
         optimizer.step()
         reference.step()
 
@@ -158,7 +159,7 @@ def test_each_part_has_its_learning_rate(fit, tiny):
     assert {rates[id(p)] for p in tiny.projector.parameters()} == {(1e-3, 0.1), (1e-3, 0)}
     assert {rates[id(p)] for p in tiny.language.parameters()} == {(1e-5, 0.1), (1e-5, 0)} and len(rates) == 6 + 2 * 12 + 3
     run = fit("run", "--train", "projector,llm", "--lr", "projector=1e-2,llm=0", "--steps", 2, "--eval-every", 0)
-    assert training(run)[0]["lr"] == pytest.approx(train.share_of_rate(1 / 4, Namespace(warmup=0.03, schedule="cosine")) * 1e-2)
+    assert training(run)[0]["lr"] == pytest.approx(train.lr_factor(1 / 4, Namespace(warmup=0.03, schedule="cosine")) * 1e-2)
     before, after = (load_file(path) for path in (run.parent / "model" / "model.safetensors", run / "model.safetensors"))
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"mlp1"}
 
@@ -373,8 +374,8 @@ def test_without_a_network_training_stops_with_one_line(tmp_path):
 
 
 def test_validation_scores_the_greedy_answers_of_every_question(tiny, monkeypatch):
-    from data import Examples
-    pages = list(gather(mixed_rows(3)))
+    from data import PageDataset
+    pages = list(group_rows_into_pages(mixed_rows(3)))
     pages[0].accepted[1] = ["nothing like it", pages[0].answers[1].upper() + " "]
     told = iter([[*page.answers[:-1], "zzz"] for page in pages])            # right but for each page's last question
     def answering(model, rows, longest, image_tokens):
@@ -382,8 +383,8 @@ def test_validation_scores_the_greedy_answers_of_every_question(tiny, monkeypatc
         return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
     monkeypatch.setattr(train, "generate", answering)
     seen = []
-    monkeypatch.setattr(InternVL, "see", lambda self, tiles, see=InternVL.see: seen.append(len(tiles)) or see(self, tiles))
-    measures, answers = train.evaluate(tiny, [Examples(tiny, 4)[page] for page in pages])
+    monkeypatch.setattr(InternVL, "encode_images", lambda self, tiles, see=InternVL.encode_images: seen.append(len(tiles)) or see(self, tiles))
+    measures, answers = train.evaluate(tiny, [PageDataset(tiny, 4)[page] for page in pages])
     assert len(seen) == len(pages)                                          # a page is seen once
     questions = sum(len(page.questions) for page in pages)
     assert len(answers) == questions and measures["exact_match"] == pytest.approx(1 - 3 / questions)

@@ -1,7 +1,7 @@
 """The vision encoder is transformers' InternVisionModel."""
 import torch
 
-from model.vision import VisionEncoder, normalise
+from model.vision import VisionEncoder, normalize
 from model.config import VisionConfig
 from reference import reference_model, reference_pixels
 
@@ -16,7 +16,7 @@ def test_patches_equal_the_reference(tiny):
 
 def test_normalising_is_exact_for_every_value():
     tiles = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert torch.equal(normalise(tiles, torch.float32), reference_pixels(tiles))
+    assert torch.equal(normalize(tiles, torch.float32), reference_pixels(tiles))
 
 
 def test_parameters_are_304012288():

@@ -4,7 +4,7 @@ A row of token ids, one page with several questions. Mark what the loss is taken
 them; not the system sentence, not the page, not the questions, not the words "assistant\n".
 
 Hint: an answer begins behind `<|im_start|>assistant\n` and ends with the next `<|im_end|>`, which is learned too: a model that
-never learns it never stops. See `Writer.reply` in model/prompt.py.
+never learns it never stops. See `PromptBuilder.reply` in model/prompt.py.
 """
 
 
@@ -15,9 +15,9 @@ def learned(tokens):
 
 def test_it_is_what_the_prompt_learns():
     from model.checkpoint import TINY, load_tokenizer
-    from model.prompt import NOT_LEARNED, page_prompt
+    from model.prompt import IGNORE_INDEX, page_prompt
     tokenizer = load_tokenizer(TINY)
     for questions, answers in ((["What is the total?"], ["$41.07"]), (["A?", "What is the date?", "C"], ["1", "03/11/98", "assistant"])):
         prompt, _ = page_prompt(tokenizer, 4, [2], questions, answers)
         tokens = [tokenizer.decode([i]) for i in prompt.ids]
-        assert learned(tokens) == [label != NOT_LEARNED for label in prompt.labels]
+        assert learned(tokens) == [label != IGNORE_INDEX for label in prompt.labels]

@@ -3,7 +3,7 @@
 A page's questions stand in one row behind its prefix, and must not see each other. Write the mask of the whole row.
 
 Hint: branch 0 is the prefix. A token sees an earlier token, or itself, if that one is of the prefix or of its own branch.
-See `look_back` in model/language.py, which never builds the whole square: why not?
+See `page_mask` in model/language.py, which never builds the whole square: why not?
 """
 import torch
 
@@ -19,6 +19,6 @@ def test_the_square_of_the_docstring():
 
 
 def test_its_lower_part_is_the_models():
-    from model.language import look_back
+    from model.language import page_mask
     branches = torch.tensor([0] * 9 + [1] * 4 + [2] + [3] * 6)
-    assert torch.equal(mask(branches)[9:], look_back(branches).mask)
+    assert torch.equal(mask(branches)[9:], page_mask(branches).mask)

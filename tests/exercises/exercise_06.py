@@ -21,7 +21,7 @@ def test_only_the_distance_matters():
 
 
 def test_it_is_the_models_rotation():
-    from model.language import rotate, rotation
+    from model.language import apply_rotary, rotary_cos_sin
     x, positions = torch.randn(1, 50, 64), torch.randint(0, 4000, (50,))
-    expected = rotate(x, *rotation(positions, 64, 1e6, torch.float32))[0]
+    expected = apply_rotary(x, *rotary_cos_sin(positions, 64, 1e6, torch.float32))[0]
     torch.testing.assert_close(turn(x[0], positions), expected, rtol=1e-3, atol=1e-3)

@@ -3,12 +3,13 @@
 Answer a question with the embedded model: read the prompt once, then one token at a time, each of which sees the keys and
 values of all before it.
 
-Hint: `model.read(batch, [cache])` fills a `Cache`. A next token needs its embedding, its position, and `look_back` with the
-cache; `model.language` makes a vector of it and `model.language.head` the logits. See `generate` in model/generate.py.
+Hint: `model(batch, [cache])` fills a `KVCache` and returns logits at `batch.answer_index`. The next token needs its embedding,
+its position, and `page_mask` with the cache; `model.language` returns its vector, `model.language.lm_head` the logits. See
+`prefill` and `decode` in model/generate.py.
 """
 import torch
 
-from model.language import Cache, look_back     # noqa: F401: you will want them
+from model.language import KVCache, page_mask     # noqa: F401: you will want them
 
 
 @torch.no_grad()

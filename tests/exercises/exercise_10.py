@@ -30,10 +30,11 @@ def test_it_learns():
     from model.prompt import page_prompt
     from model.tiling import tile_page
     from model.tiny.pages import SHAPES, draw_page
+    from train import answer_loss
     torch.manual_seed(0)
     model = InternVL.from_pretrained("tiny", "cpu")
     model.projector = MyProjector(model.config)
-    assert model.see(torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).shape == (128, 96)
+    assert model.encode_images(torch.zeros(2, 3, 128, 128, dtype=torch.uint8)).shape == (128, 96)
     optimizer, losses = torch.optim.AdamW(model.projector.parameters(), lr=5e-3), []
     for step in range(80):
         pages, tokens = [], 0
@@ -42,7 +43,8 @@ def test_it_learns():
             prompt, _ = page_prompt(model.tokenizer, 64, [1], *zip(*asked))
             tokens += sum(label >= 0 for label in prompt.labels)
             pages.append((torch.from_numpy(tile_page(page, tile_pixels=128)), prompt))
-        loss = model.loss(model.pack(pages)) / tokens
+        batch = model.pack(pages)
+        loss = answer_loss(model(batch), batch.targets) / tokens
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -19,7 +19,9 @@ import re
 import sys
 from pathlib import Path
 
-from data import PageDataset, group_rows_into_pages, load_examples, load_image, open_rows
+from data import PageDataset, group_rows_into_pages, load_examples
+from extras.sources import open_rows
+from model.images import load_image
 from extras.chat_cli import SETTINGS, answer_one, converse, tell
 from extras.explain import explain
 from extras.int8 import to_int8

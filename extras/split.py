@@ -61,9 +61,9 @@ def pass_over(pages, known, path, settings):
 def answer_batch(model, examples, write, generate):
     """The lines of some examples, whose questions are all answered at once."""
     for example in examples:
-        if example.problem or example.too_long:
-            warn(f"{example.page.name}: {example.problem or 'questions that do not fit'}; answered by nothing")
-    asked = [[] if example.problem else example.kept for example in examples]       # indices of questions, of each page
+        if example.error or example.too_long:
+            warn(f"{example.page.name}: {example.error or 'questions that do not fit'}; answered by nothing")
+    asked = [[] if example.error else example.kept_questions for example in examples]       # indices of questions, of each page
     prompts = [(example.tiles, write(example.page, example.tile_counts, kept)[0])
                for example, kept in zip(examples, asked) if kept]
     columns = zip(*generate(prompts)) if prompts else []

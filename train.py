@@ -379,14 +379,15 @@ def train(args, run, model, optimizer, data, bar, stop):
     pages, validation, steps, all_rows = data
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
-        step, stop.at_once = run.state["step"], True            # a signal ends a validation, or a wait for pages, at once
+        stop.allow()                                            # a signal ends a validation, or a wait for pages, at once
+        step = run.state["step"]
         last = args.steps is not None and step >= args.steps
         if args.eval_every and step not in run.losses and (last or step % args.eval_every == 0):
             run.log_validation(bar, pages, *evaluate(model, validation))
-        stop.at_once = False                                    # a signal does not interrupt a checkpoint
+        stop.hold()                                             # but not a checkpoint, nor a step
         if step > run.saved and (last or args.save_every and step % args.save_every == 0):
             run.save(model, optimizer)
-        stop.at_once = True
+        stop.allow()
         if last:
             break
         started = time.perf_counter()
@@ -394,7 +395,8 @@ def train(args, run, model, optimizer, data, bar, stop):
         if pages_of_step is None:                               # --epochs are over: validate, save, end
             args.steps = step
             continue
-        data_wait, stop.at_once = time.perf_counter() - started, False          # a signal waits for the end of the step
+        stop.hold()
+        data_wait = time.perf_counter() - started
         run.micro_batches, examples = pages_of_step.micro_batches, pages_of_step.examples
         rows = run.state["rows"] + sum(page.rows for page in pages_of_step.pages) / 2
         progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
@@ -426,8 +428,6 @@ def train(args, run, model, optimizer, data, bar, stop):
                 questions=questions, answer_tokens=tokens, data_wait=data_wait, peak_gb=peak_gb(args.device),
                 questions_per_second=questions / (time.perf_counter() - started))
         bar.update(100 * min(1, max((step + 1) / (args.steps or math.inf), run.state["rows"] / all_rows)) - bar.n)
-        if stop.number:
-            raise SystemExit(128 + stop.number)
 
 
 def main():
@@ -442,7 +442,7 @@ def main():
     with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
           run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
-        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["pages"])
+        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
         data = open_data(args, model, run.state, skips)
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]

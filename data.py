@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from extras.formats import read_file
@@ -385,7 +386,9 @@ class PageDataset(Dataset):
 
 
 def load_image(source, allow_private=False):
-    """A Pillow image from a file's bytes (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
+    """A Pillow image from itself, from the bytes of a file, a path or an http(s) address. Raises InputError."""
+    if isinstance(source, Image.Image):
+        return source
     if not isinstance(source, str):
         return read_image(source)
     if source.startswith(("http://", "https://")):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import PageDataset, PageStream, count_rows, load_examples, load_image, open_rows
+from extras.evaluate import answer_batch
 from extras.export import export
 from extras.memory import peak_gb, step_gb
 from extras.recipes import RECIPES
@@ -30,7 +31,6 @@ from model import InputError, InternVL
 from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
                               save_checkpoint, write_text)
 from model.errors import run, warn
-from model.generate import generate
 from model.lora import add_adapters
 
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")         # flags that are no settings of a run
@@ -139,7 +139,6 @@ def evaluate(model, examples):
     """
     model.eval()
     total, tokens, answers = 0.0, 0, []
-    prompts = PageDataset(model, max_length=None)
     for example in examples:
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
@@ -147,12 +146,10 @@ def evaluate(model, examples):
             batch.image_tokens = model.encode_images(batch.tiles)                 # seen once for the loss and for the answers
         total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
-        prompt, _ = prompts.write(page, example.tile_counts, asked=example.kept)
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
-            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER, image_tokens=batch.image_tokens)))
-        for i, ids in zip(example.kept, columns):
-            answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
-            answers.append({"page": page.name, "question": page.questions[i], "answer": answer, "expected": page.accepted[i]})
+            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
+        answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
+                     "expected": page.accepted[one.index]} for one in answered]
 
     def mean(score):
         return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)

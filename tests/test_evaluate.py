@@ -1,9 +1,13 @@
 """One pipeline answers questions: the same answers whatever is asked at once, from validation to a folder of scans."""
+import contextlib
+import http.server
+import io
 import json
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -181,18 +185,36 @@ def test_an_evaluation_stopped_after_any_page_ends_like_an_uninterrupted_one(tin
 
 
 def test_ctrl_c_leaves_whole_lines_and_the_command_repeated_completes_them(tmp_path):
-    for i in range(30):
-        Image.effect_noise((128, 128), 90).save(tmp_path / f"{i:02}.png")
-    out = tmp_path / "answers.jsonl"
-    command = [sys.executable, ROOT / "infer.py", "--tiny", "--max-new-tokens", "9", "--folder", tmp_path, "--out", out, "What is the date?"]
+    """The signal comes while the fourth question waits for its image; the command repeated does not fetch the others again."""
+    file, requests, wait = io.BytesIO(), [], threading.Event()
+    Image.effect_noise((128, 128), 90).save(file, "PNG")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            requests.append(self.path)
+            if self.path == "/3.png" and requests.count(self.path) == 1:
+                wait.wait(60)
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(file.getvalue())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    images, out = [f"http://127.0.0.1:{server.server_port}/{i}.png" for i in range(6)], tmp_path / "answers.jsonl"
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": "What?", "images": [image]}) for image in images))
+    command = [sys.executable, ROOT / "infer.py", "--tiny", "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 2):
+    while "/3.png" not in requests:
         assert process.poll() is None and not time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and process.stderr.read() == b""
+    assert (process.wait(60), process.stderr.read()) == (130, b"")
+    wait.set()
     before = out.read_bytes()
-    assert 2 <= before.count(b"\n") < 30
+    assert before.count(b"\n") == 3 and before.endswith(b"\n")
     assert subprocess.run(command, timeout=300).returncode == 0
-    assert out.read_bytes().startswith(before[:before.rfind(b"\n") + 1])
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["images"] for line in lines] == [[str(tmp_path / f"{i:02}.png")] for i in range(30)] and all(line["tokens"] for line in lines)
+    server.shutdown()
+    assert out.read_bytes().startswith(before) and requests == [f"/{i}.png" for i in (0, 1, 2, 3, 3, 4, 5)]
+    assert [json.loads(line)["images"] for line in out.read_text().splitlines()] == [[image] for image in images]

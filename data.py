@@ -1,128 +1,269 @@
-"""How does a row, of the Hub or of a file of yours, become an example?
+"""How does a row of a data set become an example?
 
-    rows of DocumentVQA (one a question)  ->  pages (one image, all its questions)  ->  seeded order  ->  tiles and tokens
-    or of a file  streamed, not decoded       gathered over a bounded look-ahead         a buffer         in worker processes
+    rows of DocumentVQA (one per question)  ->  blocks of rows          ->  pages (one image,    ->  tiles and tokens,
+    streamed, images not decoded                read one block ahead        all its questions)       in worker processes
 
-    python data.py check FILE...                is every row of these files right? file:line and the reason where not
+    python data.py check FILE...                is every row of these files right? Prints file:line and the reason where not
     python data.py show FILE N                  the N-th example, counted from 0, as the model sees it: tiles and tokens
 
-Rows are read once, in the main process; a DataLoader hands whole pages to its workers, which decode, tile and tokenise.
-Where a page comes in the order depends on the seed and the epoch alone, never on the number of workers. Every page knows from
-which row on the pages after it can be made again (`refill`), so going on in the middle reads no row before that one.
+A block of rows is the unit of everything: its rows are gathered into pages, its pages are shuffled together, and a resumed
+run begins by reading its block again. The order of the pages depends on the seed and the epoch alone, never on the number of
+workers. Rows are read in the main process; a DataLoader's workers decode, tile and tokenize whole pages.
 """
 import hashlib
 import itertools
 import queue
 import random
+import re
 import signal
-import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from extras.formats import read_file
-from extras.pictures import show_example
-from extras.sources import count_rows, named_parts, numbered, open_rows  # noqa: F401: some only for those who train
 from model import InputError
-from model.checkpoint import CONFIG, find, load_tokenizer
-from model.config import Config
-from model.errors import OneLineParser, run, int_in
-from model.network import fetch
+from model.errors import warn
+from model.images import compressed, image_size, load_image
 from model.prompt import INSTRUCTION, Prompt, write_page
-from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
+from model.tiling import choose_grid, tile_page
 
+COLUMNS = ("image", "question", "answers")              # columns that rows must have,
+PAGE_COLUMNS = ("docId", "ucsf_document_page_no")       # columns that tell pages apart, if present,
+NAME_COLUMNS = ("questionId", "question_types")         # and columns that predictions and scores use
+FIRST_BLOCK = 512                       # rows of the first block at most, so that the first step does not wait long
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
-SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
-GROUPED = 50                            # micro-batches that are formed at a time when pages are grouped by their length
+AT_START, MID_RUN = 7, 600              # seconds without the network before giving up: at the start, in the middle of a run
+LONGEST_PAUSE = 60                      # seconds between two tries
 
 
-# ------------------------------------------------------------------------------------------------------------------ pages
+# ------------------------------------------------------------------------------------------------------------- rows
+
+def open_hub_rows(data, split):
+    """The rows of one data set in the Hub's layout: on the Hub (`owner/name` or `owner/name:config`) or in a local folder.
+
+    Returns an iterable of dicts with DocumentVQA's columns, images not decoded. Raises InputError.
+    """
+    name, config = hub_name(data)
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("reading rows needs the package datasets: pip install datasets") from error
+    try:
+        builder = retry(lambda: datasets.load_dataset_builder(name, config))
+        rows = retry(lambda: builder.as_streaming_dataset(split=split))
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
+    except Exception as error:                          # the classes differ between releases of datasets
+        if is_transient(error):
+            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
+                             "--data") from error
+        if not isinstance(error, (ValueError, OSError)):
+            raise
+        hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
+        raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet{hint}") from error
+    columns = rows.column_names or []
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise InputError(f"{data}: no column {', '.join(missing)} (found: {', '.join(columns)}); "
+                         "expected DocumentVQA's columns")
+    if builder.name == "parquet":
+        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def hub_name(data):
+    """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
+    if Path(data).exists():
+        return data, None
+    name, _, config = data.partition(":")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith((".json", ".jsonl", ".parquet")):
+        raise InputError(f"{data}: not found; expected a local folder in Hub layout, a file, a Hub id like owner/name, "
+                         "or synthetic")
+    return name, config or None
+
+
+class ParquetRows:
+    """Rows of parquet files, local or on the Hub, from any row on; row groups before it are not read.
+
+    When the network fails in the middle, the same row is tried again; raises InputError after MID_RUN seconds.
+    """
+
+    def __init__(self, data, files):
+        self.data, self.files = data, files
+        self.sizes = {}                                         # file -> its number of rows, where known
+
+    def __iter__(self):
+        return (row for _, row in self.numbered())
+
+    def numbered(self, start=0):
+        """(number, row) of the rows from number `start` on."""
+        backoff = Backoff(MID_RUN)
+        while True:
+            try:
+                for number, row in self.read(start):
+                    backoff.reset()
+                    start = number + 1
+                    yield number, row
+                return
+            except Exception as error:                          # the network's error classes differ between releases
+                if not is_transient(error):
+                    raise
+                if not backoff.wait(error):
+                    raise InputError(f"{self.data}: no answer from the network for {MID_RUN} seconds ({error}); "
+                                     "continue with --resume when it is back") from error
+
+    def read(self, start):
+        from pyarrow import ArrowException
+        first = 0                                               # number of the first row of the file, then of the row group
+        for file in self.files:
+            if first + self.sizes.get(file, start + 1) <= start:
+                first += self.sizes[file]
+                continue
+            try:
+                parquet = self.open(file)
+                for group in range(parquet.num_row_groups):
+                    size = parquet.metadata.row_group(group).num_rows
+                    if first + size > start:
+                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS])
+                        rows = (row for batch in batches for row in batch.to_pylist())
+                        yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
+                    first += size
+            except ArrowException as error:
+                raise InputError(f"{file}: not a whole parquet file ({error}); repair it, or remove it from the data") from error
+
+    def open(self, file):
+        import fsspec
+        from pyarrow import parquet
+        opened = parquet.ParquetFile(fsspec.open(file).open())
+        missing = [column for column in COLUMNS if column not in opened.schema_arrow.names]
+        if missing:
+            raise InputError(f"{file}: no column {', '.join(missing)}; expected DocumentVQA's columns")
+        self.sizes[file] = opened.metadata.num_rows
+        return opened
+
+    def __len__(self):
+        """The number of rows, from the footers of the files. Raises InputError where one cannot be read."""
+        from pyarrow import ArrowException
+        try:
+            return sum(retry(lambda: self.open(file)).metadata.num_rows for file in self.files)
+        except Exception as error:                              # the classes differ between releases
+            if not isinstance(error, (ArrowException, OSError)) and not is_transient(error):
+                raise
+            raise InputError(f"{self.data}: cannot read the number of rows in its files ({error}); repair them, or "
+                             "give the length of the run with --steps") from error
+
+
+def numbered(rows, start=0):
+    """(number, row) from row number `start` on; rows that can begin there themselves do not read those before."""
+    return rows.numbered(start) if hasattr(rows, "numbered") else itertools.islice(enumerate(rows), start, None)
+
+
+def is_transient(error):
+    """Whether an error may go away by itself: a network that refuses, stalls or breaks off, a Hub that is overloaded."""
+    from huggingface_hub.errors import HTTPError                        # of the HTTP library that this release uses
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in (408, 429) or response.status_code >= 500
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        return True
+    cause = error.__cause__ or error.__context__                        # "not in the cache", because the Hub did not answer
+    return isinstance(error, OSError) and cause is not None and is_transient(cause)
+
+
+class Backoff:
+    """Pauses between tries: 1, 2, 4, ... 60 seconds, each printed, until `seconds` have passed since the first error."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.reset()
+
+    def reset(self):
+        self.began, self.pause = None, 1
+
+    def wait(self, error):
+        """Pause before the next try. Returns False when the time is up."""
+        now = time.monotonic()
+        self.began = now if self.began is None else self.began
+        if now + self.pause > self.began + self.seconds:
+            return False
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        warn(f"no answer from the network ({reason}); trying again in {self.pause} s, giving up after {self.seconds} s")
+        time.sleep(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        return True
+
+
+def retry(call, seconds=AT_START):
+    """Return `call()`, tried again while the network fails; raises its last error after `seconds`."""
+    backoff = Backoff(seconds)
+    backoff.began = time.monotonic()            # the libraries pause and try again themselves: that counts
+    while True:
+        try:
+            return call()
+        except Exception as error:              # the classes differ between releases of the Hub's libraries
+            if not is_transient(error) or not backoff.wait(error):
+                raise
+
+
+# ------------------------------------------------------------------------------------------------------------ pages
 
 @dataclass
 class Page:
-    """One image, sometimes several or none, with all that is asked about it."""
+    """One image, sometimes several or none, with all questions about it."""
     name: str                                                   # document and page number, or file and line
     images: list                                                # each as `load_image` takes it
     questions: list[str] = field(default_factory=list)
-    answers: list[str] = field(default_factory=list)            # the one that is learned of each question,
-    accepted: list[list[str]] = field(default_factory=list)     # and all that count as right
-    follows: set[int] = field(default_factory=set)              # the questions that go on in the conversation of the one before
+    answers: list[str] = field(default_factory=list)            # one per question: the answer in the loss
+    accepted: list[list[str]] = field(default_factory=list)     # all answers that count as right
+    follows: set[int] = field(default_factory=set)              # questions that continue the conversation of the one before
     ids: list = field(default_factory=list)                     # of the questions, in files of predictions
     types: list[list[str]] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)             # of the questions: file:line, or their ids if from no file
-    rows: int = 0                                               # of the data set that this page came from,
-    unanswered: int = 0                                         # of them without an answer
-    split: bool = field(default=False, compare=False)           # a part of it came before, since reading (again) began
+    places: list[str] = field(default_factory=list)             # of the questions: file:line, or their ids
+    rows: int = 0                                               # rows of the data set that this page came from
+    unanswered: int = 0                                         # rows without an answer
+    key: int = field(default=0, compare=False)                  # equal for all rows of a page
+    cut: bool = field(default=False, compare=False)             # another part of the page came before
     epoch: int = 0
-    index: int = 0                                              # place in the epoch's order
-    refill: tuple = (0, 0)                                      # where to begin again to have this page and those after it
+    resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it that are done) behind this page
     system: str | None = None                                   # as in `write_page`
     opening: list = field(default_factory=list)
     head: str | None = None
-    max_tiles: int | None = None                                # if another than --max-tiles
-    augment: bool = False                                       # compress its images anew, as JPEG, in each epoch
+    max_tiles: int | None = None                                # if different from --max-tiles
+    augment: bool = False                                       # compress its images as JPEG, anew in each epoch
 
     @property
     def full(self):
         return len(self.questions) >= MOST_QUESTIONS or sum(map(len, self.questions)) >= MOST_CHARACTERS
 
 
-def group_rows_into_pages(rows, look_ahead=512, refill=(0, 0), answered=True):
-    """Bring the rows of a page together; yield pages in the order of their first row.
+def group_rows_into_pages(rows, answered=True):
+    """Gather the rows of each page -> list of Pages, in the order of their first rows.
 
-    A row joins a page whose first row lies fewer than `look_ahead` rows before it, so no more than `look_ahead` rows are
-    held. A page spread wider, or with more questions than one row can hold, becomes several, marked as `split`.
-
-    `refill` says where to begin: (pages before, row, *rows to pass over). A page's own is what yields it and all after it
-    again; the rows to pass over lie behind its first one, but are of pages before it. Questions without an answer are left out
-    if they are to be `answered`.
+    A page with more questions than one row of tokens can hold becomes several, marked as `cut`. `answered`: leave out
+    questions without an answer.
 
     >>> [page.questions for page in group_rows_into_pages([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
     """
-    count, start, *taken = refill
-    waiting, places, seen, taken = {}, {}, set(), set(taken)    # first row -> (page, its key, its rows), oldest first
-
-    def oldest():
-        nonlocal count, taken
-        first = next(iter(waiting))
-        page, key, of_page = waiting.pop(first)
-        if places[key] == first:
-            del places[key]
-        taken = {number for number in taken if number > first}
-        page.refill = (count, first, *sorted(taken))
-        taken.update(of_page)
-        count += 1
-        return page
-
-    for number, row in numbered(rows, start):
-        if number in taken:
-            seen.add(hash(page_key(row)))
-            continue
-        while waiting and number - next(iter(waiting)) >= look_ahead:
-            yield oldest()
+    pages, latest = [], {}                                      # latest: key -> the page that takes further rows
+    for row in rows:
         key = page_key(row)
-        if key not in places or waiting[places[key]][0].full:
-            waiting[number] = new_page(row, split=hash(key) in seen), key, []
-            places[key] = number
-            seen.add(hash(key))
-        page, _, of_page = waiting[places[key]]
-        of_page.append(number)
-        add_row(page, row, answered)
-    while waiting:
-        yield oldest()
+        if key not in latest or latest[key].full:
+            pages.append(new_page(row, key))
+            pages[-1].cut = key in latest
+            latest[key] = pages[-1]
+        add_row(latest[key], row, answered)
+    return pages
 
 
 def page_key(row):
     """What tells pages apart: document and page number, or the image's bytes where a row does not have both.
 
-    Of a row from a file: its images and system turn; a conversation with images inside, or without any, is a page of its own.
+    For a row of a file: its images and system turn; a conversation with images inside, or without any, is its own page.
     """
     part = row.get("part", ())
     if "turns" in row:
@@ -132,11 +273,11 @@ def page_key(row):
     return part, hashlib.sha1(image_bytes(row)).hexdigest()
 
 
-def new_page(row, split=False):
+def new_page(row, key):
     if "turns" in row:
-        return Page(row["place"], list(row["images"]), split=split, system=row["system"], opening=row["opening"],
+        return Page(row["place"], list(row["images"]), key=hash(key), system=row["system"], opening=row["opening"],
                     head=row["head"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
-    return Page("/".join(map(str, page_key(row)[1:])), [image_bytes(row)], split=split)
+    return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
 
 
 def image_bytes(row):
@@ -152,7 +293,7 @@ def image_bytes(row):
 
 
 def add_row(page, row, answered=True):
-    """Add a row's question, or its conversation, to its page; the first of its answers is to be learned, as written."""
+    """Add a row's question, or its conversation, to its page; the first of its answers is in the loss, as written."""
     page.rows += 1
     if "turns" in row:
         return add_conversation(page, row)
@@ -192,125 +333,93 @@ def plain(text):
     return text.encode("utf-8", "replace").decode()
 
 
-# ------------------------------------------------------------------------------------------------------------------ order
+# ----------------------------------------------------------------------------------------------------------- stream
 
-def shuffled(pages, seed, buffer=SHUFFLE_PAGES):
-    """Yield pages in an order drawn from `seed`, each out of the next `buffer` ones."""
-    draw, held = random.Random(seed), []
-    for page in pages:
-        held.append(page)
-        if len(held) > buffer:
-            place = draw.randrange(len(held))
-            held[place], held[-1] = held[-1], held[place]
-            yield held.pop()
-    draw.shuffle(held)
-    yield from held
+def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, answered=True):
+    """Yield lists of pages, one block of rows after another: gathered, then shuffled within the block.
 
-
-def grouped(pages, size, count, seed):
-    """Yield pages such that each `count` that follow one another, a micro-batch, are of like `size(page)`.
-
-    50 micro-batches at a time are formed of the pages that come next, and put into an order drawn from `seed`; a None has no
-    size.
+    `epochs`: None for no end. `start`: (epoch, block, pages of it that are done), which is the `resume` of the last page that
+    was used; no row before that block is read. `group`: (size, count) of `group_by_length`.
+    A page that is cut by the edge of a block becomes two. Raises InputError for rows that cannot be read, or none at all.
     """
-    draw, pages = random.Random(seed), iter(pages)
-    while window := sorted(itertools.islice(pages, GROUPED * count), key=lambda page: page and size(page) or 0):
-        full = len(window) - len(window) % count                # what is left over stays at the end
-        batches = [window[i:i + count] for i in range(0, full, count)]
-        draw.shuffle(batches)
-        yield from itertools.chain(*batches, window[full:])
-
-
-class PageStream:
-    """Pages epoch after epoch, each with its epoch, its index there and its refill point.
-
-    `start`: (epoch, index, refill) of the page to begin at; the refill is that of the page before it, or of any earlier one.
-    `group`: (size, count) of `grouped`.
-    """
-
-    def __init__(self, rows, epochs=None, shuffle=True, seed=0, look_ahead=512, start=(0, 0, (0, 0)), group=None):
-        self.rows, self.epochs, self.shuffle, self.seed = rows, epochs, shuffle, seed
-        self.look_ahead, self.start, self.group = look_ahead, start, group
-
-    def __iter__(self):
-        return ahead(self.pages(), depth=16)
-
-    def pages(self):
-        first_epoch, begin, refill = self.start
-        for epoch in itertools.count(first_epoch):
-            if epoch == self.epochs:
-                return
-            index, waiting = -1, {}                             # gathered and not yet handed out, oldest first
-            pages = self.gathered(refill, waiting)
-            if self.shuffle:
-                pages = shuffled(pages, f"{self.seed} {epoch}")
-            if self.group:
-                pages = grouped(pages, *self.group, f"{self.seed} {epoch}")
-            window, used = GROUPED * self.group[1] if self.group else 1, []
-            try:
-                for index, page in enumerate(pages):
-                    if page is None:                            # handed out before `start`, as are those below `begin`
-                        continue
-                    oldest = next(iter(waiting.values()))
-                    used.append(page.refill[:2])
-                    if (index + 1) % window == 0:               # pages that are grouped are needed together to be so again
-                        for key in used:
-                            del waiting[key]
-                        used = []
-                    if index >= begin:
-                        page.epoch, page.index, page.refill = epoch, index, oldest
-                        yield page
-            except InputError:
-                raise
-            except (OSError, ValueError, TypeError) as error:
-                raise InputError(f"the rows after page {index + 1} cannot be read ({type(error).__name__}: {error}); "
-                                 "look at the data or the network, then go on with --resume") from error
-            if index < 0:
-                raise InputError("the data holds no rows; expected at least one question about one page")
-            begin, refill = 0, (0, 0)
-
-    def gathered(self, refill, waiting):
-        """The epoch's pages in file order; None stands for each of those before `refill`, which nobody will see again."""
-        yield from itertools.repeat(None, refill[0])
-        for page in group_rows_into_pages(self.rows, self.look_ahead, refill):
-            waiting[page.refill[:2]] = page.refill
-            yield page
-
-
-def ahead(items, depth):
-    """Iterate `items` in a thread, up to `depth` in advance, so that reading rows from a network stops nobody."""
-    ready, end = queue.Queue(depth), object()
-
-    def fill():
+    epoch, block, done = start
+    placed = -done                      # pages before this block, up to a multiple of a step: a run resumes between steps
+    first = min(FIRST_BLOCK, block_rows)                    # rows of block 0; of every other one block_rows
+    while epoch != epochs:
+        before, begin = set(), first + (block - 1) * block_rows if block else 0
         try:
-            for item in items:
-                ready.put((item, None))
-            ready.put((end, None))
-        except BaseException as error:                          # told where the items are used, not lost in the thread
-            ready.put((end, error))
+            for block, block_of_rows in itertools.groupby(numbered(rows, begin),
+                                                          lambda row: max(0, (row[0] - first) // block_rows + 1)):
+                pages = group_rows_into_pages((row for _, row in block_of_rows), answered)
+                for page in pages:
+                    page.cut, page.epoch = page.cut or page.key in before, epoch
+                before, draw = {page.key for page in pages}, random.Random(f"{seed} {epoch} {block}")
+                if shuffle:
+                    draw.shuffle(pages)
+                if group:
+                    pages = group_by_length(pages, *group, draw, placed)
+                for index, page in enumerate(pages, 1):
+                    page.resume = epoch, block, index
+                yield pages[done:]
+                placed, done = placed + len(pages), 0
+        except InputError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"the rows of block {block} cannot be read ({type(error).__name__}: {error}); look at the data or "
+                             "the network, then continue with --resume") from error
+        if not before and begin == 0:
+            raise InputError("the data holds no rows; expected at least one question about one page")
+        epoch, block, done, placed = epoch + 1, 0, 0, 0
 
-    threading.Thread(target=fill, daemon=True).start()
+
+def group_by_length(pages, size, count, draw, placed=0):
+    """Order pages so that each `count` in a row, a micro-batch, have about the same `size(page)`; `draw` shuffles the groups.
+
+    `placed`: pages before these. The micro-batches that cross the edges of the block get its smallest pages.
+    """
+    pages = sorted(pages, key=size)
+    begin = min(-placed % count, len(pages))                            # pages that complete the micro-batch before
+    end = begin + (len(pages) - begin) % count                          # and those that begin the one after
+    groups = [pages[i:i + count] for i in range(end, len(pages), count)]
+    draw.shuffle(groups)
+    return [*pages[:begin], *itertools.chain(*groups), *pages[begin:end]]
+
+
+def prefetch(blocks):
+    """Yield the pages of `blocks`; a thread gathers the next block while this one is used, so two are held at most."""
+    ready, wanted = queue.Queue(), threading.Semaphore()
+
+    def gather():
+        try:
+            while True:
+                wanted.acquire()
+                ready.put((next(blocks), None))
+        except BaseException as error:                          # raised where the pages are used, not lost in the thread
+            ready.put((None, error))
+
+    threading.Thread(target=gather, daemon=True).start()
     while True:
-        item, error = ready.get()
+        pages, error = ready.get()
+        if isinstance(error, StopIteration):
+            return
         if error:
             raise error
-        if item is end:
-            return
-        yield item
+        wanted.release()
+        yield from pages
 
 
-# --------------------------------------------------------------------------------------------------------------- examples
+# --------------------------------------------------------------------------------------------------------- examples
 
 @dataclass
 class Example:
-    """A page as the model reads it, or the `problem` that keeps it from being read."""
+    """A page as the model reads it, or the `error` that keeps it from being read."""
     page: Page
     tiles: torch.Tensor | None = None                           # uint8 (n, 3, 448, 448)
     prompt: Prompt | None = None
     too_long: list[str] = field(default_factory=list)           # questions left out,
-    kept: list[int] = field(default_factory=list)               # and the indices of the others
+    kept_questions: list[int] = field(default_factory=list)     # and the indices of the others
     tile_counts: list[int] = field(default_factory=list)        # of each image
-    problem: str | None = None
+    error: str | None = None
 
     @property
     def answer_tokens(self):
@@ -322,7 +431,7 @@ class Example:
 
 
 class PageDataset(Dataset):
-    """Turns a page into an example: decoded, tiled, tokenised. What a DataLoader's workers do."""
+    """Turns a page into an example: decoded, tiled, tokenized. The work of a DataLoader's workers."""
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
@@ -330,13 +439,13 @@ class PageDataset(Dataset):
 
     def __getitem__(self, page):
         if not page.questions:
-            return Example(page, problem=f"none of its {page.rows} questions has an answer "
-                                         "(DocumentVQA's test split has none: train on another split)")
+            return Example(page, error=f"none of its {page.rows} questions has an answer "
+                                       "(DocumentVQA's test split has none: train on another split)")
         tile_pixels, draw = self.config.vision.tile_pixels, random.Random(f"{page.name} {page.epoch}")
         try:
             images = [load_image(image, self.allow_private) for image in page.images]
         except InputError as error:
-            return Example(page, problem=str(error))
+            return Example(page, error=str(error))
         if page.augment:
             images = [compressed(image, draw.randint(75, 100)) for image in images]
         tiles = [tile_page(image, self.tiles_of_each(page), tile_pixels, self.config.thumbnail) for image in images]
@@ -346,8 +455,8 @@ class PageDataset(Dataset):
         example = Example(page, tiles, prompt, [page.questions[i] for i in left_out],
                           [i for i in range(len(page.questions)) if i not in left_out], counts)
         if len(left_out) == len(page.questions):
-            example.problem = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
-                               f"--max-length {self.max_length}; raise it or lower --max-tiles")
+            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
+                             f"--max-length {self.max_length}; raise it or lower --max-tiles")
         return example
 
     def tiles_of_each(self, page):
@@ -355,10 +464,10 @@ class PageDataset(Dataset):
         return max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
 
     def write(self, page, tile_counts, asked=None):
-        """The prompt of a page and the indices of the questions left out.
+        """The prompt of a page, and the indices of the questions left out because they are too long.
 
-        Learned: every conversation is a branch, left out whole. `asked`, indices of questions: each of them is a branch of its
-        own, left open behind the turns before it.
+        For training every conversation is a branch. With `asked`, indices of questions, each of them is a branch of its own
+        behind the turns before it, and its answer is left open.
         """
         chains = []
         for i in range(len(page.questions)):
@@ -372,7 +481,7 @@ class PageDataset(Dataset):
         if asked is not None:
             branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
-                                           page.system, page.opening, page.head)
+                                      page.system, page.opening, page.head)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
     def size(self, page):
@@ -385,117 +494,20 @@ class PageDataset(Dataset):
         return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
 
 
-def load_image(source, allow_private=False):
-    """A Pillow image from itself, from the bytes of a file, a path or an http(s) address. Raises InputError."""
-    if isinstance(source, Image.Image):
-        return source
-    if not isinstance(source, str):
-        return read_image(source)
-    if source.startswith(("http://", "https://")):
-        return read_image(fetch(source, allow_private), source)
-    return read_image(source, source)
-
-
 def leave_signals_to_the_parent(_):
-    """For a worker: Ctrl-C and a SIGTERM sent to all processes are the main process's business; a second SIGTERM is meant."""
+    """For a worker: Ctrl-C, and a SIGTERM sent to all processes, are for the main process; a second SIGTERM ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-def load_examples(pages, examples, workers, pin_memory=False):
-    """A DataLoader over `pages` (a PageStream or a list) that yields examples in their order."""
-    return DataLoader(examples, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
+def load_examples(pages, dataset, workers, pin_memory=False):
+    """A DataLoader over `pages`, an iterable, that yields their examples in the same order."""
+    return DataLoader(dataset, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                       worker_init_fn=leave_signals_to_the_parent)
 
 
-# ------------------------------------------------------------------------------------------------------------ check, show
-
-def parse_arguments():
-    parser = OneLineParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    check_parser = commands.add_parser("check", help="validate whole files: file:line and the reason of all that is wrong")
-    check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show_parser = commands.add_parser("show", help="one example as the model sees it: a picture of its tiles, its tokens, "
-                                      "which are learned")
-    show_parser.add_argument("path", metavar="PATH", help="as in check")
-    show_parser.add_argument("number", type=int_in(0), metavar="N",
-                             help="which example, counted from 0: a page with all its questions")
-    show_parser.add_argument("--out", help="the picture's file (show-N.png)")
-    for command in (check_parser, show_parser):
-        command.add_argument("--model", help="whose tokens and tiles: Hub id or local folder, without its weights "
-                             "(the embedded one; check then judges no lengths)")
-        command.add_argument("--max-tiles", type=int_in(1, 128), default=12,
-                             help="tiles a page may be cut into (%(default)s)")
-        command.add_argument("--max-length", type=int_in(1), default=8192,
-                             help="tokens of a question with its page (%(default)s)")
-        command.add_argument("--allow-private", action="store_true",
-                             help="fetch images from addresses of a private network too")
-        command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
-    return parser.parse_args()
-
-
-def make_examples(arguments):
-    """What turns pages into examples, with the configuration and the tokenizer of --model alone."""
-    folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
-    model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
-    judged = arguments.model or arguments.command == "show"             # by their length
-    return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
-
-
-def check(path, examples, split):
-    """Print file:line: reason for all that is wrong with some data, and a summary. Returns whether all is right."""
-    parts = read_file(path) if Path(path).is_file() else []
-    # of a file the whole is the look-ahead: an image is decoded once for all its rows
-    pages = ([group_rows_into_pages(part.rows, len(part.rows)) for part in parts]
-             or [group_rows_into_pages(open_rows(path, split))])
-    problems = [problem for part in parts for problem in part.problems + part.remarks]
-    rows = sum(part.entries for part in parts)
-    counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
-    for page in itertools.chain(*pages):
-        rows += 0 if parts else page.rows
-        counts["pages"] += 1
-        counts["questions"] += len(page.questions)
-        counts["without an answer"] += page.unanswered
-        pictures.update(image for image in page.images if isinstance(image, str))
-        problems += problems_of(examples[page], examples.max_length, in_file=bool(parts))
-    for place, reason in sorted(problems, key=by_line):
-        print(plain(f"{place}: {' '.join(reason.split())}"))
-    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
-          + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
-    return not problems
-
-
-def problems_of(example, max_length, in_file):
-    """(place, reason) of all that keeps a page, or some of its questions, from being learned."""
-    page = example.page
-    if example.problem:
-        return [(place if in_file else page.name, example.problem) for place in dict.fromkeys(page.places or [page.name])]
-    left_out = [place for i, place in enumerate(page.places) if i not in example.kept]
-    return [(place, f"does not fit --max-length {max_length}") for place in dict.fromkeys(left_out)]
-
-
-def by_line(problem):
-    file, _, line = problem[0].rpartition(":")
-    return file, int(line) if line.isdigit() else 0
-
-
-def main():
-    arguments = parse_arguments()
-    examples = make_examples(arguments)
-    if arguments.command == "check":
-        sys.exit(not all([check(path, examples, arguments.split) for path in arguments.paths]))
-    pages = group_rows_into_pages(open_rows(arguments.path, arguments.split, hold_out=False))
-    page = next(itertools.islice(pages, arguments.number, None), None)
-    if page is None:
-        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
-    example = examples[page]
-    if example.problem:
-        raise InputError(f"{page.name}: {example.problem}")
-    if arguments.model is None:
-        print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
-    show_example(example, examples.tokenizer, arguments.out or f"show-{arguments.number}.png")
-
-
 if __name__ == "__main__":
+    from extras.check import main
+    from model.errors import run
     run(main)

@@ -4,43 +4,221 @@
     python train.py --tiny                              the same code on a small model and drawn pages: offline, on a CPU
     python train.py --model FOLDER --data FOLDER        local files in the Hub's layout
 
-Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its loss
-is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
+Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its loss is
+the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
 """
 import itertools
-import json
 import math
+import os
 import sys
 import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PageDataset, PageStream, count_rows, load_examples, load_image, open_rows
+from data import PageDataset, load_examples, page_blocks, prefetch
+from extras import recipes
 from extras.evaluate import answer_batch
-from extras.export import export
 from extras.memory import peak_gb, step_gb
-from extras.recipes import RECIPES
-from extras.run_folder import (METRICS, SAMPLES, SKIPPED, Interruptions, SkipLog, append_line, draw_curve, draw_samples,
-                               keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, next_steps,
-                               write_samples)
+from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.score import anls, exact_match
-from extras.settings import PARTS, parse_settings
+from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
-                              save_checkpoint, write_text)
-from model.errors import run, warn
-from model.lora import add_adapters
+from model.checkpoint import WEIGHTS, read_settings
+from model.errors import OneLineParser, add_switch, float_in, int_in, names_in, run, warn
+from model.lora import TARGETS, add_adapters
+from model.tiny.pages import DOMAINS
 
-NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")         # flags that are no settings of a run
-SHOWN_PAGES, LONGEST_ANSWER = 4, 64     # validation pages in samples.md and samples.png; tokens of a validation's answer
+PARTS = ("projector", "lora", "llm", "vision")
+TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
+            device="cpu", workers=0)                                    # what --tiny sets
+# settings that a run cannot change when it resumes: what is trainable, and which page comes next
+FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead", "group_by_length")
+LONGEST_ANSWER = 64                     # tokens of an answer in a validation
+EVAL_BLOCK = 512                        # rows of a block of the validation pages
 
 
-# -------------------------------------------------------------------------------------------------------- model, optimizer
+# ------------------------------------------------------------------------------------------------------------ flags
+
+def add_data_flags(parser):
+    group = parser.add_argument_group("model and data")
+    flag = group.add_argument
+    flag("--tiny", action="store_true", help="small model, drawn pages, CPU: sets "
+         + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items()) + " and larger learning rates")
+    flag("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
+    add_switch(group, "--from-scratch", "random weights in the shape that --model describes")
+    flag("--data", default="zhangfaen/DocumentVQA",
+         help="Hub id, folder in Hub layout, file (.json, .jsonl), or synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
+    flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in 20, "
+         "which is then not trained on)")
+    flag("--domain", type=names_in(DOMAINS, "domain"), default="plain",
+         help="look of synthetic pages, comma-separated (%(default)s)")
+    flag("--train", type=part_names, default="projector",
+         help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
+    flag("--recipe", choices=recipes.RECIPES, help="set the flags as a published recipe does; flags typed beside it win")
+    flag("--max-tiles", type=int_in(1, 128), default=12,
+         help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
+    flag("--max-length", type=int_in(1), default=8192,
+         help="tokens of a question with its page; longer questions are skipped (%(default)s)")
+    add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
+    add_switch(group, "--allow-private", "fetch images from addresses of a private network too")
+    add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
+    flag("--look-ahead", type=int_in(1), default=2048,
+         help="rows of a block: gathered into pages and shuffled together; a resumed run begins with a block (%(default)s)")
+
+
+def add_lora_flags(parser):
+    flag = parser.add_argument_group("LoRA, with --train lora").add_argument
+    flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
+    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="the adapter is scaled by alpha / rank (%(default)s)")
+    flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
+    flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
+         help="layers with an adapter, comma-separated: " + ", ".join(TARGETS) + " (%(default)s)")
+
+
+def add_length_flags(parser):
+    flag = parser.add_argument_group("batch size and length of the run").add_argument
+    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
+    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
+    flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
+
+
+def add_optimizer_flags(parser):
+    flag = parser.add_argument_group("optimizer: AdamW, beta1 0.9").add_argument
+    flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
+         help="peak learning rate, or one for each part (" + ", ".join(f"{p}={r:g}" for p, r in recipes.LR.items()) + ")")
+    flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="AdamW beta2 (%(default)s)")
+    flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="decay after the warmup (%(default)s)")
+    flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run for the warmup (%(default)s)")
+    flag("--weight-decay", type=float_in(0, 1000), default=0.01, help="of matrices, not of biases and norms (%(default)s)")
+    flag("--clip", type=float_in(0, 1e9), default=1.0, help="clip the gradient norm to this value; 0: off (%(default)s)")
+
+
+def add_file_flags(parser):
+    flag = parser.add_argument_group("validation and files").add_argument
+    flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
+    flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
+    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best validated one (%(default)s)")
+    flag("--out", help="run folder (runs/ and the time of day)")
+    flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
+    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
+    flag("--format", choices=("official", "native", "peft"), default="official",
+         help="of the exported folder: the official layout, transformers' own, or the adapter alone (%(default)s)")
+    flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
+
+
+def add_machine_flags(parser):
+    group = parser.add_argument_group("machine")
+    flag = group.add_argument
+    flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
+    flag("--seed", type=int_in(0), default=0, help="of the order of pages and of random weights (%(default)s)")
+    flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
+         help="processes that decode and tile pages (%(default)s)")
+    add_switch(group, "--checkpoint-activations",
+               "keep only each block's input and run it again in the backward pass: less memory, a third more work")
+    add_switch(group, "--compile", "compile the blocks with torch.compile")
+
+
+def parse_args():
+    """The settings of a run, as a namespace with the flags' names: flags, over a recipe, over the resumed run, over defaults."""
+    parser = OneLineParser(description=__doc__, usage="%(prog)s [FLAG ...]")
+    for add_flags in (add_data_flags, add_lora_flags, add_length_flags, add_optimizer_flags, add_file_flags, add_machine_flags):
+        add_flags(parser)
+    args = parser.parse_args()
+    if args.resume:
+        kept = read_settings(args.resume) | {"out": args.resume}
+        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value        # checked as if typed
+                               for key, value in kept.items()})
+    elif args.tiny:
+        parser.set_defaults(**TINY)
+    if args.recipe:
+        parser.set_defaults(**recipes.RECIPES[args.recipe][1])
+    args = parser.parse_args()
+    if not args.export and (args.push_to_hub or args.format != "official"):
+        parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
+    if args.resume:
+        refuse_another_run(parser, args)
+    args.lr = choose_rates(parser, args)
+    args.epochs = args.epochs or (None if args.steps else 1)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.out = args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    if args.model != "tiny" and Path(args.model).exists():              # the run can be used from any folder
+        args.model = str(Path(args.model).resolve())
+    args.data, args.eval_data = whole_paths(args.data), args.eval_data and whole_paths(args.eval_data)
+    return args
+
+
+def part_names(text):
+    """'all' -> 'projector,llm,vision'."""
+    return names_in(PARTS, "part of the model", "or all")("projector,llm,vision" if text == "all" else text)
+
+
+def learning_rates(text):
+    """'4e-5' -> 4e-5; 'projector=1e-3,lora=1e-4' -> {'projector': 1e-3, 'lora': 1e-4}."""
+    if "=" not in text:
+        return float_in(0, 1000)(text)
+    rates = [entry.split("=") for entry in text.split(",")]
+    return {part: float_in(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
+
+
+def choose_rates(parser, args):
+    """The peak learning rate: a number or, where the trainable parts differ in it, text like 'projector=1e-3,lora=1e-4'."""
+    if isinstance(args.lr, float):
+        return args.lr
+    trained, typed = args.train.split(","), args.lr or {}
+    if not typed.keys() <= set(trained):
+        parser.error(f"--lr: a rate for {', '.join(typed)}, but --train {args.train}")
+    rates = (recipes.TINY_LR if args.tiny else recipes.LR) | typed
+    if len({rates[part] for part in trained}) == 1:
+        return rates[trained[0]]
+    return ",".join(f"{part}={rates[part]}" for part in trained)
+
+
+def refuse_another_run(parser, args):
+    """A resumed run stays in its folder, trains the same parts, and sees its pages in the order it began with."""
+    if args.out != args.resume:
+        parser.error(f"--out {args.out}: --resume continues in its own folder; to begin another run from it, use "
+                     f"--model {args.resume}")
+    kept = read_settings(args.resume)
+    for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
+        if getattr(args, key) != kept.get(key, getattr(args, key)):
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with; to change that, "
+                         f"begin a run with --model {args.resume}")
+    held_out = [bool(eval_every) and not eval_data for eval_every, eval_data in
+                ((args.eval_every, args.eval_data), (kept.get("eval_every", 1), kept.get("eval_data")))]
+    if held_out[0] != held_out[1] and any(Path(name).is_file() for name, _ in named_parts(args.data)):
+        parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the reverse; "
+                     f"to change that, begin a run with --model {args.resume}")
+
+
+# ------------------------------------------------------------------------------------------------- model, optimizer
+
+def load_model(args):
+    """The model with its parts frozen or trainable; prints a table of the parts."""
+    if args.from_scratch:
+        model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
+    else:
+        model = InternVL.from_pretrained(args.model, args.device, args.dtype)
+    if "lora" in args.train.split(","):
+        add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
+    choose_parts(model, args.train)
+    model.vision.gradient_checkpointing = model.language.gradient_checkpointing = args.checkpoint_activations
+    if args.compile:
+        for block in [*model.vision.blocks, *model.language.blocks]:
+            block.compile(dynamic=True)
+    return model
+
 
 def part_parameters(model):
-    """{part: its parameters}; adapters are the part lora, whatever layer they sit on."""
+    """{part: its parameters}; adapters are the part lora, whatever layer they belong to."""
     parts, part_of = {part: [] for part in PARTS}, {"projector": "projector", "language": "llm", "vision": "vision"}
     for name, parameter in model.named_parameters():
         parts["lora" if ".adapter." in name else part_of[name.split(".")[0]]].append(parameter)
@@ -48,48 +226,69 @@ def part_parameters(model):
 
 
 def choose_parts(model, train):
-    """Let the named parts train, in float32; the rest stays frozen. Adapters are there before (see lora.py)."""
+    """Make the named parts trainable, in float32; the others stay frozen."""
     for part, parameters in part_parameters(model).items():
         for parameter in parameters if part in train.split(",") else ():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
 
-def highest_rate(settings, part):
-    return settings.lr[part] if isinstance(settings.lr, dict) else settings.lr
+def peak_lr(args, part):
+    rates = learning_rates(str(args.lr))
+    return rates[part] if isinstance(rates, dict) else rates
 
 
-def print_parts(model, settings):
-    print(f"{'part':<10} {'parameters':>12}  {'trains':<7} {'dtype':<9} learning rate")
-    for part, parameters in part_parameters(model).items():
-        trains, dtypes = part in settings.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
-        if parameters:
-            print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'yes' if trains else 'frozen':<7} "
-                  f"{'/'.join(dtypes):<9} {highest_rate(settings, part) if trains else '-'}")
-
-
-def make_optimizer(model, settings):
-    """AdamW over what trains, each part with its highest learning rate; decay for matrices only."""
+def make_optimizer(model, args):
+    """AdamW over the trainable parameters, each part with its peak learning rate; weight decay for matrices only."""
     groups = []
     for part, parameters in part_parameters(model).items():
         trained = [p for p in parameters if p.requires_grad]
         matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        for group, decay in ((matrices, settings.weight_decay), (others, 0.0)):
+        for group, decay in ((matrices, args.weight_decay), (others, 0.0)):
             if group:
-                rate = highest_rate(settings, part)
-                groups.append({"params": group, "weight_decay": decay, "lr": rate, "highest": rate})
-    return torch.optim.AdamW(groups, betas=(0.9, settings.beta2), eps=1e-8, fused=settings.device.startswith("cuda"))
+                groups.append({"params": group, "weight_decay": decay, "lr": peak_lr(args, part), "peak_lr": peak_lr(args, part)})
+    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-8, fused=args.device.startswith("cuda"))
 
 
-def lr_factor(fraction, settings):
-    """Which share of the highest learning rate holds when `fraction` of the run, 0 to 1, is done."""
-    if fraction < settings.warmup:
-        return fraction / settings.warmup
-    fraction = (fraction - settings.warmup) / max(1 - settings.warmup, 1e-9)
-    return {"constant": 1.0, "linear": 1 - fraction, "cosine": (1 + math.cos(math.pi * fraction)) / 2}[settings.schedule]
+def lr_factor(progress, args):
+    """The learning rate as a share of its peak, when `progress` of the run, 0 to 1, is done."""
+    if progress < args.warmup:
+        return progress / args.warmup
+    progress = (progress - args.warmup) / max(1 - args.warmup, 1e-9)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[args.schedule]
 
 
-# ------------------------------------------------------------------------------------------------------------------- steps
+def print_run(args, model):
+    """The first lines of a run: the model, the data, what is trainable, and the memory of a step."""
+    if args.recipe and not args.resume:
+        source, sets = recipes.RECIPES[args.recipe]
+        flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in sets.items()
+                         if getattr(args, key) == value)                # without those that were typed otherwise
+        print(f"recipe {args.recipe} ({source}) sets {flags}")
+    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings are in {args.out}/settings.json")
+    print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
+    for part, parameters in part_parameters(model).items():
+        trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
+        if parameters:
+            print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'trainable' if trainable else 'frozen':<9} "
+                  f"{'/'.join(dtypes):<9} {peak_lr(args, part) if trainable else '-'}")
+    needed = step_gb(model, args.max_tiles, args.batch_pages)
+    print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
+          + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+@dataclass
+class Step:
+    """The pages of one optimizer step."""
+    pages: list                         # all pages, in the order of the stream
+    micro_batches: list                 # lists of the examples that can be used; a skipped page leaves its list shorter
+
+    @property
+    def examples(self):
+        return [example for micro_batch in self.micro_batches for example in micro_batch]
+
 
 def chunks(items, size):
     """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
@@ -98,279 +297,158 @@ def chunks(items, size):
         yield chunk
 
 
-def training_steps(loader, skips, settings):
-    """Yield the examples of one step after another; what is left over at the end of an epoch is a step of its own."""
-    for _, examples in itertools.groupby(loader, key=lambda example: example.page.epoch):
-        yield from chunks(skips.filter(examples), settings.batch_pages * settings.accumulate)
+def training_steps(loader, skips, args):
+    """Yield the Steps; the pages left over at the end of an epoch are a step of their own."""
+    for _, of_epoch in itertools.groupby(loader, key=lambda example: example.page.epoch):
+        for examples in chunks(of_epoch, args.batch_pages * args.accumulate):
+            micro_batches = [list(filter(skips.usable, chunk)) for chunk in chunks(examples, args.batch_pages)]
+            if any(micro_batches):
+                yield Step([example.page for example in examples], [chunk for chunk in micro_batches if chunk])
+        skips.check_limit()
 
 
-def answer_loss(logits, targets):
-    """Sum, in float32, of the answer tokens' negative log-likelihood. `logits` (A, V), `targets` int64 (A,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def open_data(args, model, state, skips):
+    """-> (validation pages, a loader of their examples, Steps from where the run stands on, rows in all epochs)."""
+    hold_out = bool(args.eval_every) and not args.eval_data             # of files, which have no splits
+    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
+    all_rows = args.epochs * count_rows(args.data, "train", hold_out) if args.epochs else math.inf
+    dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
+    if args.eval_every:
+        held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
+        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
+        pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
+    validation = load_examples(pages, dataset, args.workers)
+    iter(validation)                        # its workers are forked now, before a thread reads training rows
+    blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
+                         (state["epoch"], state["block"], state["index"]),
+                         (dataset.size, args.batch_pages) if args.group_by_length else None)
+    loader = load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda"))
+    return pages, validation, training_steps(loader, skips, args), all_rows
 
 
-def accumulate_gradients(model, examples, batch_pages):
-    """Add up the gradient of one step, micro-batch after micro-batch. Returns the step's loss, a float32 scalar.
-
-    Every micro-batch's summed loss is divided by the answer tokens of the whole step, so a token weighs the same whatever
-    micro-batch it is in: 1 x 16, 4 x 4 and 16 x 1 pages give the same gradient, and the logged loss is the whole step's.
-    """
-    model.train()
-    tokens = sum(example.answer_tokens for example in examples)
-    step_loss = torch.zeros((), device=model.device)
-    for micro_batch in chunks(examples, batch_pages):
-        with memory_told(micro_batch):
-            batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
-            loss = answer_loss(model(batch), batch.targets) / tokens
-            if loss.requires_grad:              # not so where only the projector trains, and no page has an image
-                loss.backward()                 # adds to .grad; the micro-batch's activations are freed here
-            step_loss += loss.detach()
-    return step_loss
-
-
-# -------------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------------- validation
 
 @torch.no_grad()
 def evaluate(model, examples):
     """Validate on some examples -> (measures, answers).
 
     measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the greedy
-    answers, 0 to 1. answers: one dict a question. All questions of a page are answered from one prefix.
+    answers, 0 to 1. answers: one dict per question. All questions of a page are answered from one prefix.
     """
     model.eval()
-    total, tokens, answers = 0.0, 0, []
-    for example in examples:
+    total, tokens, answers, skips = 0.0, 0, [], SkipLog()
+    for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
         if len(tiles):
-            batch.image_tokens = model.encode_images(batch.tiles)                 # seen once for the loss and for the answers
+            batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
         total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
             answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
+    skips.check_limit()
 
     def mean(score):
         return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
     return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
 
 
-# ------------------------------------------------------------------------------------------------- what a run begins with
+# --------------------------------------------------------------------------------------------------------- training
 
-def load_model(settings):
-    """The model with its parts frozen or set to train; prints the table of parts."""
-    if settings.from_scratch:
-        model = InternVL.from_scratch(settings.model, settings.seed, settings.device, settings.dtype)
-    else:
-        model = InternVL.from_pretrained(settings.model, settings.device, settings.dtype)
-    if "lora" in settings.train.split(","):
-        add_adapters(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets,
-                     settings.seed)
-    choose_parts(model, settings.train)
-    print_parts(model, settings)
-    model.vision.gradient_checkpointing = model.language.gradient_checkpointing = settings.checkpoint_activations
-    if settings.compile:
-        for block in [*model.vision.blocks, *model.language.blocks]:
-            block.compile(dynamic=True)
-    return model
+def answer_loss(logits, targets):
+    """Sum, in float32, of the answer tokens' negative log-likelihood. `logits` (A, V), `targets` int64 (A,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def open_splits(settings):
-    """-> (rows to train on, how many they are over all epochs, rows to validate on or None)."""
-    hold_out = bool(settings.eval_every) and not settings.eval_data         # of files, which have no splits
-    rows = open_rows(settings.data, "train", settings.seed, settings.domain, hold_out)
-    all_rows = settings.epochs * count_rows(settings.data, "train", hold_out) if settings.epochs else math.inf
-    if not settings.eval_every:
-        return rows, all_rows, None
-    validated = settings.eval_data or settings.data
-    return rows, all_rows, open_rows(validated, "validation", domains=settings.domain, hold_out=hold_out)
+def check_step(step, loss, norm, examples, trained, args):
+    """Raise InputError for a loss or gradient that is not finite; warn where there is no gradient at all."""
+    if not math.isfinite(loss + norm):
+        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
+                         f"{', '.join(example.page.name for example in examples)}; look at them, or lower --lr")
+    if all(p.grad is None for p in trained):
+        warn(f"step {step}: no page has an image, so there is nothing that --train {args.train} can learn")
 
 
-def begin(folder, settings, model, optimizer):
-    """Write the settings. Returns where the run stands, at its latest checkpoint or at step 0, and the {step: loss} of the
-    validations up to there; what its files tell of later is dropped.
-    """
-    kept = {key: value for key, value in vars(settings).items() if key not in NOT_KEPT}
-    if isinstance(settings.lr, dict):                                # as it is typed
-        kept["lr"] = ",".join(f"{part}={rate}" for part, rate in settings.lr.items())
-    for half in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):      # of a process killed while it wrote
-        half.unlink()
-    state = {"step": 0, "epoch": 0, "index": 0, "refill": [0, 0], "rows": 0, "questions": 0, "split_pages": 0}
-    checkpoint = latest_checkpoint(folder)
-    if checkpoint:
-        saved = load_checkpoint(checkpoint, model, optimizer)
-        if saved.keys() != state.keys():
-            raise InputError(f"{checkpoint}: of another version of train.py; finish the run with that one")
-        state = saved
-        print(f"going on after step {state['step']}")
-    write_text(folder / SETTINGS, json.dumps(kept, indent=2) + "\n")        # not before the checkpoint is known to fit them
-    lines = keep_lines(folder / METRICS, lambda line: line["step"] <= state["step"])
-    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    keep_lines(folder / SAMPLES, lambda line: line["step"] in losses)
-    keep_lines(folder / SKIPPED, lambda line: (line["epoch"], line["index"]) < (state["epoch"], state["index"]))
-    return state, losses
+def train(args, run, model, optimizer, data, bar, stop):
+    """Validate, save, and take one optimizer step after another, until --steps or --epochs are over."""
+    pages, validation, steps, all_rows = data
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    while True:
+        step, stop.at_once = run.state["step"], True            # a signal ends a validation, or a wait for pages, at once
+        last = args.steps is not None and step >= args.steps
+        if args.eval_every and step not in run.losses and (last or step % args.eval_every == 0):
+            run.log_validation(bar, pages, *evaluate(model, validation))
+        stop.at_once = False                                    # a signal does not interrupt a checkpoint
+        if step > run.saved and (last or args.save_every and step % args.save_every == 0):
+            run.save(model, optimizer)
+        stop.at_once = True
+        if last:
+            break
+        started = time.perf_counter()
+        pages_of_step = next(steps, None)
+        if pages_of_step is None:                               # --epochs are over: validate, save, end
+            args.steps = step
+            continue
+        data_wait, stop.at_once = time.perf_counter() - started, False          # a signal waits for the end of the step
+        run.micro_batches, examples = pages_of_step.micro_batches, pages_of_step.examples
+        rows = run.state["rows"] + sum(page.rows for page in pages_of_step.pages) / 2
+        progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
 
+        # ------------------------------------------------------------------------------------- one optimizer step
+        model.train()
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
+        tokens = sum(example.answer_tokens for example in examples)     # of the whole step: a token weighs the same
+        step_loss = torch.zeros((), device=model.device)                # in whatever micro-batch it is
+        for micro_batch in run.micro_batches:
+            batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
+            loss = answer_loss(model(batch), batch.targets) / tokens
+            if loss.requires_grad:                                      # not if only the projector is trained, without images
+                loss.backward()                                         # adds to .grad; the activations are freed here
+            step_loss += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        loss, norm = torch.stack([step_loss, norm]).tolist()            # waits for the device
+        check_step(step + 1, loss, norm, examples, trained, args)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(progress, args)
+        run.whole = False                                               # a step that is half applied is not saved
+        optimizer.step()
+        optimizer.zero_grad()
+        # --------------------------------------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------------------- the run
-
-class Training:
-    """A run: its folder, the model and its optimizer, and how far they are."""
-
-    def __init__(self, settings):
-        self.settings, self.folder = settings, open_run(settings)
-        print(json.dumps(vars(settings)))
-        if settings.recipe and not settings.resume:
-            source, sets = RECIPES[settings.recipe]
-            told = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in sets.items()
-                            if getattr(settings, key) == value)                         # else it gave way to what was typed
-            print(f"recipe {settings.recipe} ({source}) sets {told}")
-        self.model = load_model(settings)
-        needed = step_gb(self.model, settings.max_tiles, settings.batch_pages)
-        print(f"memory that a step of pages of {settings.max_tiles} tiles needs: {sum(needed.values()):.2f} GB ("
-              + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
-        self.optimizer = make_optimizer(self.model, settings)
-        rows, self.all_rows, held_out = open_splits(settings)
-        with told_in_one_line(self.folder):
-            self.state, self.losses = begin(self.folder, settings, self.model, self.optimizer)
-        self.first = self.saved = self.state["step"]
-        self.whole = True                       # no step is half applied
-        self.skips = SkipLog(self.folder / SKIPPED)
-        self.open_pages(rows, held_out)
-
-    def open_pages(self, rows, held_out):
-        """The steps' examples from where the run stands on, and the fixed pages to validate on."""
-        settings, state = self.settings, self.state
-        examples = PageDataset(self.model, settings.max_tiles, settings.max_length, settings.allow_private)
-        stream = PageStream(rows, settings.epochs, settings.shuffle, settings.seed, settings.look_ahead,
-                            start=(state["epoch"], state["index"], state["refill"]),
-                            group=(examples.size, settings.batch_pages) if settings.group_by_length else None)
-        loader = load_examples(stream, examples, settings.workers, pin_memory=settings.device.startswith("cuda"))
-        if held_out:
-            pages = PageStream(held_out, epochs=1, shuffle=False, look_ahead=settings.look_ahead).pages()
-            self.held_out = list(itertools.islice(pages, settings.eval_pages))
-            self.validation = load_examples(self.held_out, examples, settings.workers)
-            iter(self.validation)               # its workers are forked now, before a thread begins to read training pages
-        self.steps = training_steps(loader, self.skips, settings)
-
-    def train(self, bar, interruptions):
-        """Step after step, with validations and checkpoints between them, until --steps or --epochs are over."""
-        settings, state = self.settings, self.state
-        while True:
-            step = state["step"]
-            if settings.eval_every and step % settings.eval_every == 0 and step not in self.losses:
-                self.validate(bar)
-            if settings.save_every and step % settings.save_every == 0 and step > self.saved:
-                with interruptions.deferred():
-                    self.save()
-            if settings.steps and step >= settings.steps:
-                break
-            started = time.perf_counter()
-            examples = next(self.steps, None)
-            if examples is None:                                # --epochs are over
-                break
-            data_wait = time.perf_counter() - started
-            with interruptions.deferred():
-                loss, norm = self.take_step(examples)
-                self.count(examples)
-                self.log(examples, loss, norm, data_wait, time.perf_counter() - started, bar)
-        if state["step"] == 0 or state["step"] == self.first and (self.folder / WEIGHTS).exists():
-            raise InputError(f"{self.folder}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
-        if settings.eval_every and step not in self.losses:
-            self.validate(bar)
-        with interruptions.deferred():
-            self.save()
-
-    def take_step(self, examples):
-        """One optimizer step -> its loss and the norm of its gradient, before clipping."""
-        settings, step = self.settings, self.state["step"]
-        middle = self.fraction_done(0.5, sum(example.page.rows for example in examples) / 2)
-        share = lr_factor(middle, settings)
-        torch.manual_seed((settings.seed * 1_000_003 + step) % 2 ** 63)         # dropout: a resumed run draws the same
-        loss = accumulate_gradients(self.model, examples, settings.batch_pages)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in trained):
-            warn(f"step {step + 1}: no page has an image, so there is nothing that --train {settings.train} can learn")
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
-        loss, norm = torch.stack([loss, norm]).tolist()                         # waits for the device
-        if not math.isfinite(loss + norm):
-            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
-                             f"{', '.join(example.page.name for example in examples)}; look at them, or lower --lr")
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group["highest"]
-        self.whole = False
-        with memory_told(examples):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss, norm
-
-    def count(self, examples):
-        """The step is done: note how far the run is, and from which row on its data goes on."""
-        state, last = self.state, examples[-1].page
-        state.update(step=state["step"] + 1, epoch=last.epoch, index=last.index + 1, refill=last.refill,
-                     rows=state["rows"] + sum(example.page.rows for example in examples),
-                     questions=state["questions"] + sum(len(example.kept) for example in examples),
-                     split_pages=state["split_pages"] + sum(example.page.split for example in examples))
-        self.whole = True
-
-    def log(self, examples, loss, norm, data_wait, seconds, bar):
-        """A line in metrics.jsonl, and the bar."""
-        step, memory = self.state["step"], peak_gb(self.settings.device)
-        questions, tokens = sum(len(one.kept) for one in examples), sum(one.answer_tokens for one in examples)
-        speed, lr = questions / seconds, max(group["lr"] for group in self.optimizer.param_groups)
-        append_line(self.folder / METRICS, dict(
-            step=step, train_loss=loss, lr=lr, grad_norm=norm, questions=questions, answer_tokens=tokens,
-            questions_per_second=speed, data_wait=data_wait, peak_gb=memory))
-        bar.set_postfix_str(f"step {step} | train {loss:.4f} | lr {lr:.2e} | {speed:.1f} questions/s | {memory:.1f} GB", False)
-        bar.update(100 * self.fraction_done() - bar.n)
-
-    def validate(self, bar):
-        """Measure on the fixed pages; write the line, the samples and both pictures."""
-        folder, step = self.folder, self.state["step"]
-        measures, answers = evaluate(self.model, SkipLog().filter(self.validation))
-        names = list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
-        keep_lines(folder / SAMPLES, lambda line: line["step"] in self.losses)      # not those of one that was cut short
-        write_samples(folder, step, [line for line in answers if line["page"] in names])
-        append_line(folder / METRICS, {"step": step, **measures})
-        self.losses[step] = measures["val_loss"]
-        draw_samples(folder, [(page.name, load_image(page.images[0], True) if page.images else None)
-                              for page in self.held_out if page.name in names])
-        draw_curve(folder)
-        bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
-
-    def fraction_done(self, more_steps=0.0, more_rows=0.0):
-        """How much of the run lies behind, 0 to 1, by the limit that is nearer."""
-        steps, rows = self.state["step"] + more_steps, self.state["rows"] + more_rows
-        return min(1.0, max(steps / (self.settings.steps or math.inf), rows / self.all_rows))
-
-    def save(self):
-        self.saved = step = self.state["step"]
-        save_checkpoint(self.folder / CHECKPOINTS / f"step-{step:07d}.safetensors", self.model, self.optimizer, self.state)
-        keep_newest(self.folder, self.settings.keep, self.losses)
-        (self.folder / WEIGHTS).unlink(missing_ok=True)         # of an earlier end of this run: this checkpoint is newer
-
-    def keep(self):
-        """Save what is not saved, unless a step is half applied. Returns the step."""
-        if self.whole and self.state["step"] > self.saved:
-            self.save()
-        return self.state["step"]
+        run.count(pages_of_step)
+        questions = sum(len(example.kept_questions) for example in examples)
+        run.log(bar, train_loss=loss, lr=max(group["lr"] for group in optimizer.param_groups), grad_norm=norm,
+                questions=questions, answer_tokens=tokens, data_wait=data_wait, peak_gb=peak_gb(args.device),
+                questions_per_second=questions / (time.perf_counter() - started))
+        bar.update(100 * min(1, max((step + 1) / (args.steps or math.inf), run.state["rows"] / all_rows)) - bar.n)
+        if stop.number:
+            raise SystemExit(128 + stop.number)
 
 
 def main():
-    settings = parse_settings(__doc__)
-    if settings.export:
-        return export(*settings.export, settings.format, settings.push_to_hub)
-    training = Training(settings)
-    folder, state, skips = training.folder, training.state, training.skips
+    args = parse_args()
+    if args.export:
+        from extras.export import export
+        return export(*args.export, args.format, args.push_to_hub)
+    run = RunFolder(args)
+    model = load_model(args)
+    print_run(args, model)
+    optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
-          Interruptions() as interruptions, kept_when_it_ends(folder, training.keep), told_in_one_line(folder)):
-        training.train(bar, interruptions)
-    training.model.save_pretrained(folder)
-    print(f"{state['step']} steps, {state['questions']} questions; left out: {skips.count(skips.PAGE)} pages, "
-          f"{skips.count(skips.TOO_LONG)} questions too long, {skips.count(skips.UNANSWERED)} without an answer; "
-          f"{state['split_pages']} pages split by the look-ahead; most memory of the process: "
-          f"{peak_gb(settings.device):.2f} GB")
-    print(next_steps(folder))
+          run.ending(model, optimizer) as stop):
+        run.restore(model, optimizer)
+        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["pages"])
+        data = open_data(args, model, run.state, skips)
+        train(args, run, model, optimizer, data, bar, stop)
+        step = run.state["step"]
+        if step == 0 or step == first and (run.path / WEIGHTS).exists():
+            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
+        model.save_pretrained(run.path)
+    print(f"{step} steps, {run.state['questions']} questions; {skips}; "
+          f"most memory of the process: {peak_gb(args.device):.2f} GB")
+    print(next_steps(run.path))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import Example, Page, PageDataset, group_rows_into_pages, load_examples
+from data import Example, Page, PageDataset, load_examples, page_blocks
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -69,12 +69,12 @@ def answer_batch(model, examples, image_tokens=None, max_new_tokens=512, **setti
     too_long = (f"its prompt and {max_new_tokens} tokens of answer exceed the model's {most} positions; "
                 "ask with fewer tiles, images or words, or for a shorter answer")
     for example in examples:
-        page, kept = example.page, [] if example.problem else example.kept
+        page, kept = example.page, [] if example.error else example.kept_questions
         prompt, left_out = writer.write(page, example.tile_counts, kept) if kept else (None, [])
-        errors = dict.fromkeys(range(len(page.questions)) if example.problem else left_out, example.problem or too_long)
+        errors = dict.fromkeys(range(len(page.questions)) if example.error else left_out, example.error or too_long)
         for error in dict.fromkeys(errors.values()):
             warn(f"{page.name}: {' '.join(error.split())}; not answered")
-        of_page = [Answer(page, i, errors.get(i)) for i in (errors if example.problem else kept)]
+        of_page = [Answer(page, i, errors.get(i)) for i in (errors if example.error else kept)]
         answers += of_page
         fitting = [one for one in of_page if not one.error]
         if fitting:
@@ -251,7 +251,7 @@ class QuestionDataset(PageDataset):
         try:
             example = super().__getitem__(self.opened(page))
         except InputError as error:
-            return Example(page, problem=str(error))
+            return Example(page, error=str(error))
         example.page.images = page.images                               # the decoded ones are not needed any more
         return example
 
@@ -306,7 +306,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
         lines.append({"questionId": page.ids[i], "answer": text, "expected": page.accepted[i], "types": page.types[i]})
 
     def unanswered():
-        for page in group_rows_into_pages(rows, answered=False):
+        for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
             earlier = [out.take(questionId=name) for name in page.ids]
             if None in earlier:                                         # a page is answered as a whole
                 yield page

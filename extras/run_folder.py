@@ -1,37 +1,176 @@
-"""What does a run leave behind? The files of a run folder, the pictures drawn of them, and what ends a run in order.
+"""What does a run write, and from where does it resume?
 
-    settings.json  metrics.jsonl -> curve.png  samples.jsonl -> samples.md, samples.png  skipped.jsonl  page.png  checkpoints/
+    settings.json   metrics.jsonl -> curve.png   samples.jsonl -> samples.md, samples.png   skipped.jsonl   checkpoints/
+
+A line of metrics.jsonl, samples.jsonl and skipped.jsonl belongs to a step; resuming drops the lines after the checkpoint.
 """
 import contextlib
 import json
 import shlex
 import signal
-import warnings
+import time
 from pathlib import Path
 
 import torch
 
-from extras.score import exact_match
-from model.checkpoint import CONFIG, SETTINGS, WEIGHTS, write_text
+from extras import plots
+from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
+                              save_checkpoint, write_text)
 from model.errors import InputError, warn
 from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
+NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
+SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
 
-def open_run(settings):
-    """Make the run folder. Raises InputError for one that holds a run or a model already."""
-    folder = Path(settings.out)
-    if not settings.resume and any((folder / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
-        raise InputError(f"{folder}: holds a run or a model already; choose another --out, or go on with --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
-    return folder
+class RunFolder:
+    """The folder of a run, and how far the run is.
+
+    `state`, which every checkpoint holds: the steps done; epoch, block and pages of the block that are done (data.py's
+    `resume`); and how many rows, pages and questions were used in all.
+    """
+
+    def __init__(self, args):
+        self.path, self.args = Path(args.out), args
+        if not args.resume and any((self.path / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
+            raise InputError(f"{self.path}: holds a run or a model already; choose another --out, or continue it with "
+                             f"--resume {self.path}")
+        self.state = dict.fromkeys(("step", "epoch", "block", "index", "rows", "pages", "questions"), 0)
+        self.saved = 0                  # step of the newest checkpoint
+        self.whole = True               # no optimizer step is half done
+        self.losses = {}                # step -> validation loss
+        self.micro_batches = []         # examples of the step that runs, for messages
+
+    def restore(self, model, optimizer):
+        """Write the settings; load the newest checkpoint, if there is one, and drop what the files say about later steps."""
+        kept = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
+        self.path.mkdir(parents=True, exist_ok=True)
+        for half in (*self.path.rglob("*.part"), *self.path.rglob(".tmp*")):    # of a process killed while it wrote
+            half.unlink()
+        checkpoint = latest_checkpoint(self.path)
+        if checkpoint:
+            state = load_checkpoint(checkpoint, model, optimizer)
+            if state.keys() != self.state.keys():
+                raise InputError(f"{checkpoint}: written by another version of train.py; finish the run with that version")
+            self.state, self.saved = state, state["step"]
+            print(f"resumed after step {state['step']}")
+        write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")     # only after the checkpoint fits them
+        step, place = self.state["step"], position(self.state)
+        lines = keep_lines(self.path / METRICS, lambda line: line["step"] <= step)
+        self.losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)
+        keep_lines(self.path / SKIPPED, lambda line: position(line) <= place)
+
+    @contextlib.contextmanager
+    def ending(self, model, optimizer):
+        """Around the loop: errors become one line, and what is not saved is saved. Yields a StopSignal."""
+        stop = StopSignal()
+        try:
+            try:
+                yield stop
+            except (RuntimeError, MemoryError, OSError, EOFError) as error:
+                message = self.explain(error)
+                if message is None:
+                    raise
+                raise InputError(message) from error
+        except (InputError, SystemExit) as end:
+            stop.at_once = False
+            if self.whole and self.state["step"] > self.saved and self.path.exists():
+                self.save(model, optimizer)
+            if isinstance(end, SystemExit):
+                warn(f"stopped after step {self.state['step']}; continue with --resume {self.path}")
+            raise
+        finally:
+            stop.restore_handlers()
+
+    def explain(self, error):
+        """One line about an error that a run can meet beside its data; None for any other."""
+        if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
+            with contextlib.suppress(RuntimeError):             # torch may report a dead worker twice, the second time by a
+                time.sleep(0.2)                                 # signal: not while the checkpoint is written
+            return (f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
+                    f"lower --workers or --max-tiles, then continue with --resume {self.path}")
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+            tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
+            most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
+            pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in batch)
+            return (f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or --batch-pages "
+                    f"({str(error)[:100] or 'MemoryError'})")
+        if isinstance(error, OSError):
+            advice = (f"its checkpoints are as they were: make room, then continue with --resume {self.path}"
+                      if self.path.exists() else "it is gone")
+            return f"{self.path}: cannot be written ({error.strerror or error}); {advice}"
+        return None
+
+    def count(self, step):
+        """A step is done: note how far the run is, and from where its data resumes."""
+        state = self.state
+        state["epoch"], state["block"], state["index"] = step.pages[-1].resume
+        state["step"] += 1
+        state["rows"] += sum(page.rows for page in step.pages)
+        state["pages"] += len(step.pages)
+        state["questions"] += sum(len(example.kept_questions) for example in step.examples)
+        self.whole = True
+
+    def log(self, bar, **line):
+        """Add a line about the step to metrics.jsonl and to the progress bar."""
+        append_line(self.path / METRICS, {"step": self.state["step"], **line})
+        bar.set_postfix_str(f"step {self.state['step']} | train {line['train_loss']:.4f} | lr {line['lr']:.2e} | "
+                            f"{line['questions_per_second']:.1f} questions/s | {line['peak_gb']:.1f} GB", False)
+
+    def log_validation(self, bar, pages, measures, answers):
+        """Write the measures, the answers about the first pages, and both pictures. `pages`: the validation pages."""
+        step, names = self.state["step"], list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
+        keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)   # drop those of a validation cut short
+        append_line(self.path / SAMPLES, {"step": step, "answers": [line for line in answers if line["page"] in names]})
+        append_line(self.path / METRICS, {"step": step, **measures})
+        self.losses[step] = measures["val_loss"]
+        samples = read_lines(self.path / SAMPLES)
+        (self.path / "samples.md").write_text(sample_tables(samples), encoding="utf-8")
+        plots.draw_samples(self.path, samples, [page for page in pages if page.name in names])
+        plots.draw_curve(self.path, read_lines(self.path / METRICS))
+        bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+    def save(self, model, optimizer):
+        """Write a checkpoint; delete old ones."""
+        self.saved = step = self.state["step"]
+        path = self.path / CHECKPOINTS / f"step-{step:07d}.safetensors"
+        save_checkpoint(path, model, optimizer, self.state)
+        keep_newest(self.path, self.args.keep, self.losses)
+        (self.path / WEIGHTS).unlink(missing_ok=True)           # of an earlier end of this run: the checkpoint is newer
 
 
-# ------------------------------------------------------------------------------------------------------------------ lines
+def position(line):
+    """Where in the data a state, or a line of skipped.jsonl, stands; compares by order."""
+    return line["epoch"], line["block"], line["index"]
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM. The first one sets `number`, and raises SystemExit if `at_once`; a second one is not caught.
+
+    The exit status is the usual one of a program ended by a signal: 130 and 143.
+    """
+
+    def __init__(self):
+        self.number, self.at_once = 0, True
+        self.handlers = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(self, number, _):
+        for each in self.handlers:
+            signal.signal(each, signal.SIG_DFL)
+        self.number = number
+        warn(f"{signal.Signals(number).name}: {'' if self.at_once else 'the step is finished and '}the run is saved; "
+             "a second one stops at once")
+        if self.at_once:
+            raise SystemExit(128 + number)
+
+    def restore_handlers(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------ lines
 
 def append_line(path, line):
     with open(path, "a", encoding="utf-8") as file:
@@ -52,125 +191,63 @@ def keep_lines(path, wanted):
 
 
 class SkipLog:
-    """Counts and names what is left out; stops the run when more than 1 % of an epoch's pages cannot be used.
+    """Counts and names what is skipped; stops the run when more than 1 % of its pages cannot be used.
 
-    `path`: a jsonl file that gets a line for each, and tells what was left out before.
+    `path`: a jsonl file that gets a line for each, and holds those of before. `read`: pages read before.
     """
     PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
 
-    def __init__(self, path=None):
-        self.path, self.lines = path, read_lines(path) if path else []
+    def __init__(self, path=None, read=0):
+        self.path, self.lines, self.read = path, read_lines(path) if path else [], read
 
     def add(self, page, what, count, reason):
-        self.lines.append({"epoch": page.epoch, "index": page.index, "page": page.name, "left_out": what, "count": count,
-                           "reason": reason})
+        epoch, block, index = page.resume
+        self.lines.append({"epoch": epoch, "block": block, "index": index, "page": page.name, "left_out": what,
+                           "count": count, "reason": reason})
         if self.path:
             append_line(self.path, self.lines[-1])
 
     def count(self, what):
         return sum(line["count"] for line in self.lines if line["left_out"] == what)
 
-    def filter(self, examples):
-        """Yield those examples of an epoch that can be used."""
-        skipped, last = None, ""
-        for example in examples:
-            page, read = example.page, example.page.index + 1
-            if skipped is None:
-                skipped = sum(line["epoch"] == page.epoch and line["left_out"] == self.PAGE for line in self.lines)
-            if page.unanswered:
-                self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
-            if example.problem:
-                self.add(page, self.PAGE, 1, example.problem)
-                skipped, last = skipped + 1, f"page {page.name}: {example.problem}"
-                warn(f"{last}; skipped")
-                if read >= 100 or skipped == read == 5:
-                    self.judge(read, skipped, last)
-                continue
-            if example.too_long:
-                self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
-                warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
-                     f"skipped, the first: {example.too_long[0][:200]!r}")
-            yield example
-        if skipped:
-            self.judge(read, skipped, last)
+    def usable(self, example):
+        """Whether an example can be used; notes what of it is skipped."""
+        page = example.page
+        self.read += 1
+        if page.unanswered:
+            self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
+        if example.error:
+            self.add(page, self.PAGE, 1, example.error)
+            warn(f"page {page.name}: {example.error}; skipped")
+            if self.read >= 100 or self.count(self.PAGE) == self.read == 5:
+                self.check_limit()
+        elif example.too_long:
+            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
+            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
+                 f"skipped, the first: {example.too_long[0][:200]!r}")
+        return not example.error
 
-    @staticmethod
-    def judge(read, skipped, last):
-        if skipped > max(1, read // 100) or skipped == read:
-            raise InputError(f"{skipped} of {read} pages cannot be used, and 1 % is the limit; the last is {last}")
+    def check_limit(self):
+        """Raise InputError if too many pages cannot be used: all of them, or several and more than 1 %."""
+        skipped = [line for line in self.lines if line["left_out"] == self.PAGE]
+        if len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0:
+            raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is page "
+                             f"{skipped[-1]['page']}: {skipped[-1]['reason']}")
+
+    def __str__(self):
+        return (f"skipped: {self.count(self.PAGE)} pages, {self.count(self.TOO_LONG)} questions too long, "
+                f"{self.count(self.UNANSWERED)} without an answer")
 
 
-# --------------------------------------------------------------------------------------------------------------- pictures
-
-def write_samples(folder, step, answers):
-    """Add one validation's answers about the first pages to samples.jsonl; write them all as tables into samples.md."""
-    append_line(folder / SAMPLES, {"step": step, "answers": answers})
+def sample_tables(samples):
+    """The text of samples.md: for each validation a table of questions about the first pages."""
     tables = []
-    for sample in read_lines(folder / SAMPLES):
+    for sample in samples:
         tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
         for line in sample["answers"]:
             cells = line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"], " / ".join(line["expected"])
             tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
-    (folder / "samples.md").write_text("\n".join(tables) + "\n", encoding="utf-8")
-
-
-def draw_samples(folder, pages):
-    """Draw samples.png: pages with their questions, the first and the latest answers (green or red) and the truth.
-
-    `pages`: (name, Pillow image or None). The first page is also saved on its own, page.png, to be asked.
-    """
-    pyplot = plotting()
-    for image in [image for _, image in pages if image][:1]:
-        image.save(folder / "page.png")
-    samples = read_lines(folder / SAMPLES)
-    before, after = samples[0], samples[-1]
-    figure, rows = pyplot.subplots(len(pages), 2, figsize=(11, 2.4 * len(pages)), width_ratios=(1, 3), squeeze=False,
-                                   layout="constrained")
-    columns = ((0.0, 34, "question"), (0.34, 20, f"answer at step {before['step']}"), (0.57, 20, f"at step {after['step']}"),
-               (0.8, 18, "truth"))                              # where a column begins, the characters it has room for
-    for (name, image), (left, right) in zip(pages, rows):
-        left.set(xticks=[], yticks=[])
-        if image:
-            left.imshow(image.convert("RGB"))
-        right.axis("off")
-        lines = [(a, b) for a, b in zip(before["answers"], after["answers"]) if a["page"] == name]
-        for x, _, text in columns:
-            right.text(x, 1, text, va="top", fontsize=8, color="grey")
-        for i, (a, b) in enumerate(lines, 1):
-            y = 1 - i / (len(lines) + 1)
-            cells = a["question"].removesuffix(INSTRUCTION), a["answer"], b["answer"], a["expected"][0]
-            colors = "black", *("green" if exact_match(line["answer"], line["expected"]) else "red" for line in (a, b)), "black"
-            for (x, room, _), text, color in zip(columns, cells, colors):
-                shown = text if len(text) <= room else text[:room - 1] + "…"
-                right.text(x, y, shown, va="top", fontsize=9, color=color, parse_math=False)
-    with warnings.catch_warnings(action="ignore"):              # characters that the font lacks: samples.md has them all
-        figure.savefig(folder / "samples.png", dpi=110)
-    pyplot.close(figure)
-
-
-def draw_curve(folder):
-    """Redraw curve.png from metrics.jsonl: training and validation loss over steps and, on a second axis, the answers' ANLS."""
-    pyplot = plotting()
-    lines = read_lines(folder / METRICS)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label, style in (("train_loss", "training", dict(color="tab:blue", alpha=0.5, linewidth=1)),
-                              ("val_loss", "validation", dict(color="tab:red", marker="o"))):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
-    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
-    axes.grid(alpha=0.3)
-    scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]
-    if scored:
-        right = axes.twinx()
-        style = dict(color="tab:green", marker="s", linestyle="--")
-        axes.plot([], [], label="ANLS of its answers", **style)                 # its line in the legend
-        right.plot(*zip(*scored), **style)
-        right.set(ylabel="ANLS", ylim=(0, 1.05))
-    axes.legend(loc="center right")
-    figure.savefig(folder / "curve.png", dpi=120)
-    pyplot.close(figure)
+    return "\n".join(tables) + "\n"
 
 
 def next_steps(folder):
@@ -182,90 +259,3 @@ def next_steps(folder):
     image = f"--image {named}/page.png " if (folder / "page.png").exists() else ""
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
             f'python infer.py --model {named} {image}"{question}"')
-
-
-def plotting():
-    import matplotlib
-    matplotlib.use("Agg")                       # draws into files, needs no screen
-    from matplotlib import pyplot
-    return pyplot
-
-
-# ------------------------------------------------------------------------------------------------------------------- ends
-
-class Interruptions:
-    """Ctrl-C and SIGTERM end the program at once, but for what is `deferred`: that is finished first. A second does not wait.
-
-    The exit status is the usual one of a program ended by a signal: 130 and 143.
-    """
-
-    def __init__(self):
-        self.deferring, self.came = False, None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, _):
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
-        self.came = number
-        warn(f"{signal.Signals(number).name}: {'the step is finished and ' if self.deferring else ''}the run is saved; "
-             "a second one stops at once")
-        if not self.deferring:
-            raise SystemExit(128 + number)
-
-    @contextlib.contextmanager
-    def deferred(self):
-        self.deferring = True
-        try:
-            yield
-        finally:
-            self.deferring = False
-        if self.came:
-            raise SystemExit(128 + self.came)
-
-
-@contextlib.contextmanager
-def told_in_one_line(folder):
-    """Tell in one line what a run can meet beside its data: a folder that cannot be written, a worker that was killed."""
-    try:
-        yield
-    except OSError as error:
-        advice = (f"its checkpoints are as they were: make room, then go on with --resume {folder}" if folder.exists()
-                  else "it is gone")
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); {advice}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
-                         f"lower --workers or --max-tiles, then go on with --resume {folder}") from error
-
-
-@contextlib.contextmanager
-def kept_when_it_ends(folder, keep):
-    """Call `keep()`, which saves what is not saved and returns the step, before an InputError or a signal ends the run."""
-    try:
-        yield
-    except (InputError, SystemExit) as end:
-        step = keep() if folder.exists() else None
-        if isinstance(end, SystemExit):
-            warn(f"stopped after step {step}; go on with --resume {folder}")
-        raise
-
-
-@contextlib.contextmanager
-def memory_told(examples):
-    """Tell the end of memory, on any device, in one line that says which pages it came with and what to turn."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise
-        pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in examples)
-        raise InputError(f"out of memory with {sum(len(example.tiles) for example in examples)} tiles in a micro-batch, pages "
-                         f"{pages}; lower --max-tiles or --batch-pages ({str(error)[:100] or 'MemoryError'})") from error

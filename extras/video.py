@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-from data import load_image
 from model.errors import InputError
+from model.images import load_image
 from model.tiling import read_image
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")

@@ -57,3 +57,19 @@ def in_range(value, smallest, largest):
     if not smallest <= value <= largest:
         raise argparse.ArgumentTypeError(f"{value} is not between {smallest} and {largest}")
     return value
+
+
+def names_in(choices, what, more=""):
+    """An argument type: names of `choices`, comma-separated. `what` they are, and what `more` is allowed, for the message."""
+    def check(text):
+        for name in text.split(","):
+            if name not in choices:
+                expected = ", ".join((*choices, more) if more else choices)
+                raise argparse.ArgumentTypeError(f"{name!r} is not a {what}; expected {expected}")
+        return text
+    return check
+
+
+def add_switch(group, flag, help, default=False):
+    """--flag and --no-flag."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)

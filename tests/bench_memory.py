@@ -33,7 +33,8 @@ from model.prompt import Prompt
 from extras.memory import peak_gb
 from extras.recipes import RECIPES
 from extras.run_folder import read_lines
-from train import PARTS, accumulate_gradients, choose_parts
+from reference import accumulate_gradients
+from train import PARTS, choose_parts
 
 IMAGE, ANSWER, QUESTIONS = 7, 6, 4              # an id for image tokens; tokens of an answer; questions of a page, as in DocumentVQA
 MODES = {                                       # --train, --checkpoint-activations

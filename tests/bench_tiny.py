@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from safetensors import safe_open
 
-from data import group_rows_into_pages, open_rows
+from data import group_rows_into_pages
+from extras.sources import open_rows
 from model import InternVL
 from model.generate import generate
 from model.prompt import page_prompt

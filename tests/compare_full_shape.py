@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from data import PageDataset, group_rows_into_pages, open_rows
+from data import PageDataset, page_blocks
+from extras.sources import open_rows
 from model import InternVL
 from model.prompt import page_prompt
-from reference import randomise, reference_model, reference_pixels
-from train import accumulate_gradients, choose_parts, make_optimizer
+from reference import accumulate_gradients, randomise, reference_model, reference_pixels
+from train import choose_parts, make_optimizer
 
 
 def peak_gb():
@@ -40,7 +41,7 @@ def main():
     choose_parts(model, "projector")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(model.state_dict())} tensors")
-    page = next(group_rows_into_pages(open_rows(settings.data, "train")))
+    page = next(page_blocks(open_rows(settings.data, "train"), shuffle=False))[0]
     page.questions, page.answers = page.questions[:1], page.answers[:1]             # the reference reads one a row
     example = PageDataset(model, settings.max_tiles)[page]
     print(f"page {page.name}: {len(example.tiles)} tiles, {len(example.prompt.ids)} tokens, {example.answer_tokens} learned")

@@ -32,15 +32,11 @@ def main():
         os.environ |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
         import data
         import train
-        from extras import sources as rows
-        from model import network
         from model.errors import run
-        network.retry.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
-        data.shuffled.__defaults__ = (8,)                           # pages held, so that training begins before all rows are read
+        data.retry.__defaults__ = (60,)                             # seconds at the start: a stall of 1.5 is long beside 7
         sleep, shown, pages = time.sleep, [], []
         time.sleep = lambda seconds: (shown.append(seconds), sleep(min(seconds, 0.02)))         # pauses are counted, not waited
-        step = train.accumulate_gradients
-        train.accumulate_gradients = lambda model, examples, size: (pages.extend(e.page.name for e in examples), step(model, examples, size))[1]
+        train.check_step = lambda step, loss, norm, examples, *_: pages.extend(e.page.name for e in examples)
 
         def attempt(name, *flags):
             pages.clear()
@@ -62,8 +58,8 @@ def main():
         for i in range(3):
             rate[0] = 0.2
             attempt(f"faulty {i}")
-        rate[0], rows.PATIENCE = 0.0, 5
-        opened = rows.ParquetRows.read
+        rate[0], data.MID_RUN = 0.0, 5
+        opened = data.ParquetRows.read
 
         def breaking(self, start):                                  # the network is gone after 60 rows
             for number, row in opened(self, start):
@@ -71,9 +67,9 @@ def main():
                     rate[0] = 1.0
                     raise ConnectionResetError("the line broke")
                 yield number, row
-        rows.ParquetRows.read = breaking
+        data.ParquetRows.read = breaking
         attempt("gone")
-        rate[0], rows.ParquetRows.read = 0.0, opened
+        rate[0], data.ParquetRows.read = 0.0, opened
         attempt("gone", "--resume", str(folder / "gone"))
     print(json.dumps(told | {"faults": seen}))
 

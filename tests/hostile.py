@@ -4,6 +4,7 @@ Prints as JSON how many there were, what escaped as anything but an InputError, 
 """
 import copy
 import io
+import itertools
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ import torch                                                        # noqa: E402
 from PIL import Image                                               # noqa: E402
 from safetensors import safe_open                                   # noqa: E402
 
-from data import PageDataset, PageStream                               # noqa: E402
+from data import PageDataset, page_blocks                               # noqa: E402
 from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
 from model.prompt import page_prompt                                # noqa: E402
@@ -113,13 +114,13 @@ def rows():
 def show_rows(lines):
     model, skips = show_rows.model, SkipLog()
     read = left_out = pages = 0
-    for page in PageStream(lines, epochs=1, seed=3).pages():
+    for page in itertools.chain.from_iterable(page_blocks(lines, seed=3)):
         example = PageDataset(model, 1, 2048)[page]
         read, pages = read + page.rows, pages + 1
         try:
-            used = list(skips.filter([example]))
+            used = skips.usable(example)
         except InputError:                                          # the 1 % rule: this is not what is asked here
-            used = []
+            used = False
         left_out += page.unanswered + (len(page.questions) if not used else len(example.too_long))
         if used and pages <= 3:
             with torch.no_grad():

@@ -18,12 +18,12 @@ import fsspec                                                       # noqa: E402
 import torch                                                        # noqa: E402
 from pyarrow import parquet                                         # noqa: E402, F401
 
-import data                                                         # noqa: E402
 import train                                                        # noqa: E402
+from extras import plots, run_folder                                # noqa: E402
 from model.errors import run                                        # noqa: E402
 
 STEPS, LONGEST = 56, 3                            # of the run; of an attempt, so that however fast, 25 do not reach the end
-PHASES = {"accumulate_gradients": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 1.0}     # seconds they take, about
+PHASES = {"check_step": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 1.0}     # seconds they take, about
 
 
 def attempt(flags, log, phase=None, call=0, delay=0.0):
@@ -34,7 +34,7 @@ def attempt(flags, log, phase=None, call=0, delay=0.0):
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    calls, steps, step = [], [], train.accumulate_gradients
+    calls, steps, step = [], [], train.check_step
 
     def limited(*arguments):
         steps.append(None)
@@ -42,8 +42,9 @@ def attempt(flags, log, phase=None, call=0, delay=0.0):
             os.kill(os.getpid(), signal.SIGKILL)
         return step(*arguments)
 
-    train.accumulate_gradients = limited
-    function = getattr(train, phase) if phase else None
+    train.check_step = limited
+    owner = run_folder if phase == "save_checkpoint" else train
+    function = getattr(owner, phase) if phase else None
 
     def killing(*arguments, **more):
         calls.append(None)
@@ -52,7 +53,7 @@ def attempt(flags, log, phase=None, call=0, delay=0.0):
         return function(*arguments, **more)
 
     if phase:
-        setattr(train, phase, killing)
+        setattr(owner, phase, killing)
     sys.argv = ["train.py", *flags]
     status = 1
     try:
@@ -68,8 +69,7 @@ def attempt(flags, log, phase=None, call=0, delay=0.0):
 def main():
     source, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    data.shuffled.__defaults__ = (8,)                               # pages held, of 40 in an epoch
-    train.draw_curve = train.draw_samples = lambda *_: None         # pictures would take most of the time
+    plots.draw_curve = plots.draw_samples = lambda *_: None         # pictures would take most of the time
     def flags(name):
         new = ["--model", "tiny", "--data", source, "--device", "cpu", "--workers", "2", "--look-ahead", "16", "--max-tiles", "1",
                "--accumulate", "2", "--steps", str(STEPS), "--eval-every", "3", "--eval-pages", "2", "--save-every", "2",
@@ -79,7 +79,7 @@ def main():
     draw, moments = random.Random(0), []
     while len(moments) < kills:
         phase = list(PHASES)[len(moments) % len(PHASES)]
-        status = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "accumulate_gradients" else draw.randint(1, 3),
+        status = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "check_step" else draw.randint(1, 3),
                          draw.random() * PHASES[phase])
         assert status in (0, signal.SIGKILL), (folder / "run.log").read_text()[-3000:]
         assert status != 0, f"the run came to its end after {len(moments)} kills"

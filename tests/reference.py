@@ -8,6 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model.checkpoint import official_name
 from model.prompt import IMAGE_TOKEN, special_id
+from train import answer_loss
 
 NATIVE_NAMES = (                        # official -> native, first match, applied once
     (r"vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
@@ -96,3 +97,16 @@ def loss_of(model, pages):
     """Sum of the answer tokens' negative log-likelihood of (tiles, prompt) pairs, in the dtype of the model."""
     batch = model.pack(pages)
     return F.cross_entropy(model(batch), batch.targets, reduction="sum")
+
+
+def accumulate_gradients(model, examples, batch_pages):
+    """The forward and backward passes of one step, as between the fences of train.py's loop. Returns the step's loss."""
+    model.train()
+    tokens = sum(example.answer_tokens for example in examples)
+    step_loss = torch.zeros((), device=model.device)
+    for start in range(0, len(examples), batch_pages):
+        batch = model.pack([(example.tiles, example.prompt) for example in examples[start:start + batch_pages]])
+        loss = answer_loss(model(batch), batch.targets) / tokens
+        loss.backward()
+        step_loss += loss.detach()
+    return step_loss

@@ -4,12 +4,15 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from conftest import ROOT
-from data import INSTRUCTION, PageDataset, Page, PageStream, count_rows, group_rows_into_pages, load_examples, open_rows, shuffled
+from data import (INSTRUCTION, Page, PageDataset, group_by_length, group_rows_into_pages, load_examples, page_blocks,
+                  prefetch)
+from extras.sources import count_rows, open_rows
 from hub import serve
 from model import InputError
 from model.tiling import read_image, tile_page
@@ -29,38 +32,57 @@ def test_questions_of_a_page_are_gathered_in_order_of_first_appearance():
     assert names(group_rows_into_pages(rows)) == [("b/1", ["1", "2", "3"]), ("a/1", ["1", "2"]), ("c/1", ["1"])]
 
 
-def test_every_row_is_in_one_page_whatever_the_look_ahead():
+def flat(blocks):
+    return list(itertools.chain.from_iterable(blocks))
+
+
+def test_every_row_is_in_one_page_whatever_the_block():
     draw = random.Random(0)
-    for look_ahead in (1, 2, 5, 40, 1000):
+    for block_rows in (1, 2, 5, 40, 1000):
         rows = [row(draw.randrange(60), i) for i in range(400)]
-        pages = list(group_rows_into_pages(rows, look_ahead))
-        questions = [int(q.removesuffix(INSTRUCTION)) for page in pages for q in page.questions]
-        assert sorted(questions) == list(range(400))
-        firsts = [int(page.questions[0].removesuffix(INSTRUCTION)) for page in pages]
-        assert firsts == sorted(firsts)                                         # pages in the order of their first row
-        for page in pages:
-            at = [int(q.removesuffix(INSTRUCTION)) for q in page.questions]
-            assert at == sorted(at) and at[-1] - at[0] < look_ahead
+        blocks = list(page_blocks(rows, shuffle=False, block_rows=block_rows))
+        questions = [int(q.removesuffix(INSTRUCTION)) for page in flat(blocks) for q in page.questions]
+        assert sorted(questions) == list(range(400)) and len(blocks) == -(-400 // block_rows)
+        for number, pages in enumerate(blocks):
+            of_block = [[int(q.removesuffix(INSTRUCTION)) for q in page.questions] for page in pages]
+            assert sorted(sum(of_block, [])) == list(range(400))[number * block_rows:(number + 1) * block_rows]
+            assert of_block == sorted(sorted(page) for page in of_block)        # pages in the order of their first row
 
 
-def test_a_page_spread_wider_than_the_window_becomes_two_and_is_counted():
+def test_a_page_cut_by_the_edge_of_a_block_becomes_two_and_is_counted():
     rows = [row("wide", 0), *(row(f"p{i}", i) for i in range(1, 10)), row("wide", 10)]
-    pages = list(group_rows_into_pages(rows, 10))
-    assert [page.name for page in pages if page.split] == ["wide/1"] and [page.name for page in pages].count("wide/1") == 2
-    assert len(pages) == 11 and len(list(group_rows_into_pages(rows, 11))) == 10 and not any(page.split for page in group_rows_into_pages(rows, 11))
+    pages = flat(page_blocks(rows, shuffle=False, block_rows=10))
+    assert [page.name for page in pages if page.cut] == ["wide/1"] and [page.name for page in pages].count("wide/1") == 2
+    whole = flat(page_blocks(rows, shuffle=False, block_rows=11))
+    assert len(pages) == 11 and len(whole) == 10 and not any(page.cut for page in whole)
 
 
-def test_rows_held_are_bounded_by_the_look_ahead():
-    read = itertools.count()
-    rows = (row(next(read), 0) for _ in itertools.count())                      # endless, every row a page of its own
-    pages = group_rows_into_pages(rows, look_ahead=100)
-    next(pages)
-    for _ in range(500):
-        before = next(read)
+def test_the_first_block_is_short_and_the_others_are_of_the_size_asked_for():
+    rows = [row(i, i) for i in range(5000)]
+    assert [len(pages) for pages in page_blocks(rows, block_rows=2048)] == [512, 2048, 2048, 392]
+    assert [len(pages) for pages in page_blocks(rows, block_rows=2048, start=(0, 2, 48))] == [2000, 392]
+
+
+def test_two_blocks_are_held_at_most_and_the_next_one_is_read_while_one_is_used():
+    read = []
+    rows = (read.append(i) or row(i, 0) for i in itertools.count())             # endless, every row a page of its own
+    pages = prefetch(page_blocks(rows, shuffle=False, block_rows=10))
+    for used in range(1, 200):
         next(pages)
-        assert next(read) - before <= 3                                         # one row in, one page out
-    held = pages.gi_frame.f_locals["waiting"]
-    assert len(held) <= 100
+        deadline = time.monotonic() + 5
+        while len(read) < 10 * (2 + (used - 1) // 10) and time.monotonic() < deadline:
+            time.sleep(0.001)                                                   # the thread gathers the block after this one
+        assert 10 * (2 + (used - 1) // 10) <= len(read) <= 10 * (2 + (used - 1) // 10) + 1      # one row to see its edge
+
+
+def test_an_error_in_the_reading_thread_reaches_the_loop():
+    def blocks():
+        yield group_rows_into_pages(page_rows(1))
+        raise InputError("the line broke")
+    pages = prefetch(blocks())
+    next(pages)
+    with pytest.raises(InputError, match="the line broke"):
+        next(pages)
 
 
 def test_image_bytes_of_further_rows_are_dropped_at_once():
@@ -75,7 +97,7 @@ def test_pages_are_told_apart_by_their_image_where_there_are_no_numbers():
     assert [len(page.questions) for page in group_rows_into_pages(rows)] == [2, 1]
 
 
-def test_the_first_answer_is_learned_as_written():
+def test_the_first_answer_is_in_the_loss_as_written():
     rows = [row("a", "what is the pH of BHT") | {"answers": ["pH 7 of bht", "PH 7"]}, row("a", "none") | {"answers": []},
             row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}, row("a", "hollow") | {"answers": [None]}]
     [page] = group_rows_into_pages(rows)
@@ -83,28 +105,43 @@ def test_the_first_answer_is_learned_as_written():
     assert page.answers == ["pH 7 of bht"] and page.unanswered == 4 and page.rows == 5
 
 
-def test_shuffling_loses_nothing_and_depends_on_the_seed_alone():
-    for buffer in (1, 10, 1000):
-        orders = [list(shuffled(iter(range(200)), seed, buffer)) for seed in ("0 0", "0 0", "0 1")]
-        assert orders[0] == orders[1] != orders[2]
-        assert all(sorted(order) == list(range(200)) != order for order in orders)
+def test_shuffling_loses_nothing_stays_in_the_block_and_depends_on_the_seed_alone():
+    rows = [row(i, i) for i in range(200)]
+    for block_rows in (1, 10, 1000):
+        orders = [[int(page.name.split("/")[0]) for page in flat(page_blocks(rows, seed=seed, block_rows=block_rows, epochs=2))]
+                  for seed in (0, 0, 1)]
+        assert orders[0] == orders[1] and (orders[0] != orders[2] or block_rows == 1)
+        for order in (orders[0][:200], orders[0][200:]):
+            assert all(sorted(order[i:i + block_rows]) == list(range(200))[i:i + block_rows] for i in range(0, 200, block_rows))
+        assert block_rows == 1 or orders[0][:200] != orders[0][200:] != list(range(200))
 
 
-def test_going_on_in_the_middle_gives_the_pages_that_were_left():
+def test_resuming_after_any_page_gives_the_pages_that_were_left():
     rows = mixed_rows(9)
-    def order(**where):
-        return list(PageStream(rows, epochs=3, seed=5, **where))
-    whole = order()
-    assert len(whole) == 27 and [p.name for p in whole[:9]] != [p.name for p in whole[9:18]]
-    for i, page in enumerate(whole):
-        assert order(start=(page.epoch, page.index + 1, page.refill)) == whole[i + 1:]
+    for more in ({"block_rows": 2048}, {"block_rows": 7}, {"block_rows": 7, "group": (lambda page: len(page.questions), 2)}):
+        whole = flat(page_blocks(rows, epochs=3, seed=5, **more))
+        assert sum(page.rows for page in whole) == 3 * len(rows)
+        for i in range(1, len(whole), 2):                                       # a run resumes behind a whole step
+            assert flat(page_blocks(rows, epochs=3, seed=5, start=whole[i].resume, **more)) == whole[i + 1:]
+
+
+def test_grouping_by_length_puts_pages_of_similar_size_into_a_micro_batch():
+    draw = random.Random(0)
+    for placed in range(8):
+        pages = [draw.randrange(1000) for _ in range(83)]
+        grouped = group_by_length(pages, lambda page: page, 4, random.Random(0), placed)
+        assert sorted(grouped) == sorted(pages)
+        begin = -placed % 4
+        batches = [grouped[i:i + 4] for i in range(begin, 80, 4)]
+        spread = sum(max(batch) - min(batch) for batch in batches if len(batch) == 4) / len(batches)
+        assert spread < 150 and grouped[begin:] != sorted(grouped[begin:])      # drawn at random it is about 600
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
-    stream = PageStream(mixed_rows(12), epochs=2, seed=1)
-    examples = list(load_examples(stream, PageDataset(tiny, 4), workers))
-    assert [e.page.name for e in examples] == [p.name for p in PageStream(mixed_rows(12), epochs=2, seed=1)]
+    stream = dict(epochs=2, seed=1, block_rows=20)
+    examples = list(load_examples(prefetch(page_blocks(mixed_rows(12), **stream)), PageDataset(tiny, 4), workers))
+    assert [e.page.name for e in examples] == [p.name for p in flat(page_blocks(mixed_rows(12), **stream))]
     for example in examples:
         assert example.tiles.dtype == torch.uint8
         expected = tile_page(read_image(example.page.images[0]), 4, 128)
@@ -145,7 +182,7 @@ def test_every_question_of_every_receipt_is_found(receipts):
 
 def test_rows_stream_from_the_hub(tmp_path):
     write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
-    code = ("from data import *; d = 'zhangfaen/DocumentVQA'\n"
+    code = ("from data import *; from extras.sources import *; d = 'zhangfaen/DocumentVQA'\n"
             "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
             "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
             "    try: open_rows(name, split)\n"
@@ -168,7 +205,7 @@ def test_data_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no column question \(found: text, image, answers\)"):
         open_rows(str(tmp_path / "b"), "train")
     with pytest.raises(InputError, match="holds no rows"):
-        list(PageStream([]))
+        list(page_blocks([]))
 
 
 @pytest.mark.parametrize("name, message", [
@@ -183,16 +220,16 @@ def test_a_mistyped_name_is_refused_without_asking_the_hub(monkeypatch, name, me
 def test_bad_pages_are_named(tiny):
     [good] = group_rows_into_pages(page_rows(1))
     prepare = PageDataset(tiny, 4, max_length=400)
-    assert prepare[good].problem is None
+    assert prepare[good].error is None
     cut = Page("9/1", [good.images[0][:100]], good.questions, good.answers, rows=3)
-    assert "cannot read it as an image" in prepare[cut].problem
-    assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.images, rows=3)].problem
-    assert "leave no room in --max-length 60" in PageDataset(tiny, 4, max_length=60)[good].problem
+    assert "cannot read it as an image" in prepare[cut].error
+    assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.images, rows=3)].error
+    assert "leave no room in --max-length 60" in PageDataset(tiny, 4, max_length=60)[good].error
 
 
 def test_an_error_while_reading_rows_reaches_the_reader():
     def rows():
         yield row("a", 1)
         raise OSError("the line broke")
-    with pytest.raises(InputError, match="rows after page 0 cannot be read .OSError: the line broke"):
-        list(PageStream(rows(), shuffle=False))
+    with pytest.raises(InputError, match="rows of block 0 cannot be read .OSError: the line broke"):
+        list(page_blocks(rows(), shuffle=False))

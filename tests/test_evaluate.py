@@ -39,7 +39,7 @@ def test_every_question_gets_the_answer_that_it_gets_alone_in_any_batch(tiny):
         assert tokens(answer(tiny, examples, batch, max_new_tokens=6)) == whole
     for name, index, ids in whole[::3]:
         example = next(example for example in examples if example.page.name == name)
-        example.kept = [index]
+        example.kept_questions = [index]
         assert tokens(answer(tiny, [example], max_new_tokens=6)) == [(name, index, ids)]
 
 
@@ -68,16 +68,16 @@ def test_answers_come_batch_by_batch_so_that_no_more_pages_are_held(tiny):
 
 def test_errors_are_printed_once_per_page_and_the_others_are_answered(tiny, capsys):
     good, long, bad = examples_of(tiny, mixed_rows(3), max_length=None)
-    bad.problem = "cannot be\nread"
+    bad.error = "cannot be\nread"
     long.page.questions[1] = "word " * 10_000
     answers = list(answer(tiny, [bad, long, good], 3, max_new_tokens=6))
     assert tokens(one for one in answers if one.page is good.page) == tokens(answer(tiny, [good], max_new_tokens=6))
-    assert [one.error for one in answers if one.page is bad.page] == [bad.problem] * len(bad.page.questions)
+    assert [one.error for one in answers if one.page is bad.page] == [bad.error] * len(bad.page.questions)
     errors = [one.error for one in answers if one.page is long.page]
     assert "exceed the model's 2048 positions" in errors[1] and errors[:1] + errors[2:] == [None] * (len(errors) - 1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0] == f"{bad.page.name}: cannot be read; not answered" and long.page.name in lines[1]
-    assert [one.error for one in answer_batch(tiny, [bad])] == [bad.problem] * len(bad.page.questions)      # nothing to generate
+    assert [one.error for one in answer_batch(tiny, [bad])] == [bad.error] * len(bad.page.questions)      # nothing to generate
 
 
 def test_validation_gives_the_answers_of_an_evaluation_and_sees_each_page_once(tiny, monkeypatch):

@@ -14,7 +14,8 @@ from PIL import Image
 from commands import call, data, refuses, train
 from conftest import ROOT
 from reference import loss_of
-from data import PageDataset, PageStream, count_rows, group_rows_into_pages, grouped, named_parts, open_rows
+from data import PageDataset, group_rows_into_pages, page_blocks
+from extras.sources import count_rows, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
@@ -194,11 +195,11 @@ def test_a_file_keeps_pages_for_validation_that_are_not_trained_on(tmp_path):
     (tmp_path / "b.jsonl").write_text(jsonl(rows))
     assert {row["questionId"] for row in open_rows(str(tmp_path / "b.jsonl"), "validation")} == {row["questionId"] for row in kept}
     (tmp_path / "one.jsonl").write_text(jsonl(rows[:1]))
-    with pytest.raises(InputError, match="too few pages to keep one for validation"):
+    with pytest.raises(InputError, match="too few pages to hold one out for validation"):
         open_rows(str(tmp_path / "one.jsonl"), "validation")
 
 
-def test_micro_batches_have_pages_of_like_size_and_go_on_in_the_middle(tmp_path, tiny):
+def test_micro_batches_have_pages_of_similar_length_and_resume_in_the_middle(tmp_path, tiny):
     for i, size in enumerate(((100, 100), (256, 128), (256, 256), (512, 128))):
         Image.new("L", size).save(tmp_path / f"{i}.png")
     (tmp_path / "a.jsonl").write_text(jsonl({"image": f"{random.Random(i).randrange(4)}.png", "query": f"{i}?", "response": "x"} for i in range(203)))
@@ -206,7 +207,8 @@ def test_micro_batches_have_pages_of_like_size_and_go_on_in_the_middle(tmp_path,
     rows = open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False)
 
     def order(**where):
-        return list(PageStream(rows, epochs=2, look_ahead=1, seed=3, group=(examples.size, 4), **where))
+        group = examples.size, 4
+        return list(itertools.chain.from_iterable(page_blocks(rows, 2, 3, block_rows=1000, group=group, **where)))
     whole = order()
     sizes = [examples.size(page) for page in whole]
     for page, size in zip(whole[:20], sizes):
@@ -215,14 +217,11 @@ def test_micro_batches_have_pages_of_like_size_and_go_on_in_the_middle(tmp_path,
         batches = [sizes[epoch * 203 + i:epoch * 203 + i + 4] for i in range(0, 200, 4)]
         assert sum(max(batch) > 1.2 * min(batch) for batch in batches) <= 3             # at most where one size ends
         assert batches != sorted(batches)
-    names = [(page.epoch, page.index, page.name) for page in whole]
-    assert sorted(names[:203], key=lambda n: n[2]) != names[:203] and len({name for *_, name in names[:203]}) == 203
-    assert [n for *_, n in names[:203]] != [n for *_, n in names[203:]]
-    for last in (6, 150, 199, 200, 202, 203, 350, 402):         # in a window, at its end, at the epoch's
-        page = whole[last]
-        start = page.epoch, page.index + 1, page.refill
-        assert [(p.epoch, p.index, p.name) for p in order(start=start)] == names[last + 1:]
-    assert sorted(grouped(range(11), lambda n: n % 2, 4, "x")) == list(range(11))
+    names = [(page.resume, page.name) for page in whole]
+    assert sorted(names[:203], key=lambda n: n[1]) != names[:203] and len({name for _, name in names[:203]}) == 203
+    assert [n for _, n in names[:203]] != [n for _, n in names[203:]]
+    for last in (7, 151, 199, 202, 206, 402):                   # a run resumes behind a micro-batch, or the end of an epoch
+        assert [(p.resume, p.name) for p in order(start=whole[last].resume)] == names[last + 1:]
 
 
 # ------------------------------------------------------------------------------------------------------------ what is wrong

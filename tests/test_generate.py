@@ -47,7 +47,8 @@ def wide_reference(wide):
 @pytest.mark.parametrize("case", ["one image", "12 tiles", "two images", "Chinese", "no image"])
 def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference, case):
     if SHARED.exists():
-        from data import group_rows_into_pages, open_rows
+        from data import group_rows_into_pages
+        from extras.sources import open_rows
         images = [read_image(page.images[0]) for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(2))]
     else:
         from PIL import Image

@@ -12,12 +12,13 @@ from PIL import Image
 
 from commands import call, infer, refuses
 from conftest import ROOT
-from data import group_rows_into_pages, load_image
+from data import group_rows_into_pages
 from extras import evaluate
 from extras.score import SCORES
 from extras.video import load_images
 from model.chat import decode
 from model.generate import generate
+from model.images import load_image
 from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import draw_page

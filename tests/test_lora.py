@@ -12,7 +12,8 @@ from model.checkpoint import load_checkpoint, merged, save_checkpoint
 from model.lora import TARGETS, add_adapters, adapters, target_layers
 from reference import reference_model, reference_pixels
 from small_data import mixed_rows
-from train import accumulate_gradients, choose_parts, make_optimizer, part_parameters
+from reference import accumulate_gradients
+from train import choose_parts, make_optimizer, part_parameters
 
 SETTINGS = dict(lr=1e-2, weight_decay=0.01, beta2=0.999, device="cpu")
 LLM_LEAVES = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"

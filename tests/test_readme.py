@@ -4,8 +4,9 @@ import shlex
 
 import pytest
 
-from commands import data, infer, train
+from commands import infer, train
 from conftest import ROOT
+from extras import check
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
 COMMANDS = sorted({match.strip() for match in re.findall(r"python (?:train|infer|data)\.py[^`\n|&]*", README)})
@@ -19,7 +20,7 @@ def test_every_command_is_understood(command, monkeypatch, tmp_path):
     (tmp_path / "settings.json").write_text('{"model": "tiny", "seed": 0, "from_scratch": true, "train": "projector"}')
     flags = [str(tmp_path) if flag == "RUN" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", [program, *flags])
-    parse = {"train.py": train.parse_settings, "infer.py": infer.parse_arguments, "data.py": data.parse_arguments}[program]
+    parse = {"train.py": train.parse_args, "infer.py": infer.parse_arguments, "data.py": check.parse_arguments}[program]
     assert parse() is not None                                          # an unknown flag ends the program
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import active_children
 
 import pytest
@@ -20,10 +20,12 @@ import torch
 import data
 from commands import call, refuses, train
 from conftest import ROOT
-from data import MOST_QUESTIONS, PageStream, open_rows
-from extras import evaluate
+from data import MOST_QUESTIONS, page_blocks
+from extras import evaluate, plots, run_folder
+from extras.sources import open_rows
 from model import InputError, InternVL, network
 from model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from model.images import load_image
 from model.prompt import IGNORE_INDEX, page_prompt
 from model.tiling import choose_grid, read_image, tile_page
 from model.tiny import pages
@@ -54,8 +56,8 @@ def program(name, *arguments, timeout=500):
 @pytest.fixture
 def fit(tmp_path, capsys, monkeypatch):
     """Runs train.py on the embedded model and drawn pages; returns (exit status, standard error, run folder)."""
-    monkeypatch.setattr(train, "draw_curve", lambda *_: None)           # pictures take most of the time
-    monkeypatch.setattr(train, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(plots, "draw_curve", lambda *_: None)           # pictures take most of the time
+    monkeypatch.setattr(plots, "draw_samples", lambda *_: None)
 
     def run(name, *flags):
         folder = tmp_path / name
@@ -91,7 +93,7 @@ def test_25_kills_change_nothing(tmp_path):
                           capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     moments = json.loads(done.stdout)
-    assert len(moments) == 25 and {phase for phase, _ in moments} == {"accumulate_gradients", "evaluate", "save_checkpoint", "main"}
+    assert len(moments) == 25 and {phase for phase, _ in moments} == {"check_step", "evaluate", "save_checkpoint", "main"}
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 56 + 20
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3     # --keep 2 and the best; no half-written file
@@ -106,22 +108,22 @@ class Numbers:
 
 
 def test_going_on_at_page_50000_draws_no_page_before_it(fit, monkeypatch):
-    before, *after = islice(PageStream(Numbers(), seed=0).pages(), 49_999, 50_004)
+    before, *after = islice(chain.from_iterable(page_blocks(Numbers(), seed=0)), 49_999, 50_004)
     _, _, run = fit("run", "--steps", 1, "--save-every", 1)
     model = InternVL.from_pretrained("tiny", "cpu")
     model.projector.requires_grad_(True)
     optimizer = train.make_optimizer(model, argparse.Namespace(lr=1.0, weight_decay=0, beta2=0.999, device="cpu"))
     path = latest_checkpoint(run)
-    state = load_checkpoint(path, model, optimizer) | {"index": before.index + 1, "refill": before.refill}
+    state = load_checkpoint(path, model, optimizer) | dict(zip(("epoch", "block", "index"), before.resume))
     save_checkpoint(path, model, optimizer, state)
     (run / "model.safetensors").unlink()
     drawn, used = [], []
     monkeypatch.setattr(pages.DrawnFile, "__bytes__", lambda file, draw=pages.DrawnFile.__bytes__: drawn.append(file.page) or draw(file))
-    monkeypatch.setattr(train, "accumulate_gradients", lambda model, examples, size, step=train.accumulate_gradients:
-                        used.extend(int(e.page.name.split("/")[0]) for e in examples) or step(model, examples, size))
+    monkeypatch.setattr(train, "check_step", lambda step, loss, norm, examples, *_:
+                        used.extend(int(e.page.name.split("/")[0]) for e in examples))
     status, err, _ = fit("run", "--steps", 3)
     assert status == 0, err
-    assert used == [int(page.name.split("/")[0]) for page in after] == drawn and before.index == 49_999
+    assert used == [int(page.name.split("/")[0]) for page in after] == drawn
 
 
 def test_the_order_of_pages_goes_on_from_any_page_whatever_the_rows():
@@ -131,14 +133,14 @@ def test_the_order_of_pages_goes_on_from_any_page_whatever_the_rows():
         rows = [{"docId": draw.randrange(documents) if draw.random() < 0.3 else i // 4, "ucsf_document_page_no": "1",
                  "question": draw.choice((str(i), "", "long " * 2_000)), "answers": ["a"], "image": None} for i in range(draw.randint(1, 300))]
         rows += [rows[0]] * draw.choice((0, 0, 3 * MOST_QUESTIONS))
-        settings = dict(epochs=2, seed=seed, look_ahead=draw.choice((1, 3, 10, 50, 512)), shuffle=draw.random() < 0.7)
-        whole = list(PageStream(rows, **settings).pages())
+        settings = dict(epochs=2, seed=seed, block_rows=draw.choice((1, 3, 10, 50, 2048)), shuffle=draw.random() < 0.7)
+        whole = list(chain.from_iterable(page_blocks(rows, **settings)))
         for epoch in (0, 1):                                            # every row is in one page
             assert sum(page.rows for page in whole if page.epoch == epoch) == len(rows)
         assert all(len(page.questions) <= MOST_QUESTIONS for page in whole)
         for place in draw.sample(range(len(whole)), min(4, len(whole))):
             page = whole[place]
-            assert list(PageStream(rows, **settings, start=(page.epoch, page.index + 1, page.refill)).pages()) == whole[place + 1:]
+            assert list(chain.from_iterable(page_blocks(rows, **settings, start=page.resume))) == whole[place + 1:]
 
 
 def test_row_groups_before_the_start_are_not_read(tmp_path, monkeypatch):
@@ -159,10 +161,10 @@ def test_a_signal_finishes_the_step_saves_and_exits(fit, monkeypatch, number):
     flags, handler = ("--eval-every", 3, "--eval-pages", 2), signal.getsignal(number)
     _, _, whole = fit("whole", *flags)
     with monkeypatch.context() as patch:
-        at_call(patch, train, "accumulate_gradients", 3, lambda: os.kill(os.getpid(), number))
+        at_call(patch, train, "check_step", 3, lambda: os.kill(os.getpid(), number))
         status, err, run = fit("run", *flags)
     assert status == 128 + number and len(err) == 2 and "the step is finished" in err[0]
-    assert err[1] == f"stopped after step 3; go on with --resume {run}"
+    assert err[1] == f"stopped after step 3; continue with --resume {run}"
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3] and latest_checkpoint(run).name == "step-0000003.safetensors"
     assert signal.getsignal(number) == handler
     assert fit("run")[0] == 0
@@ -176,21 +178,21 @@ def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, mon
         with monkeypatch.context() as patch:
             at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
             status, err, run = fit("run", *flags)
-        assert status == 143 and "the run is saved" in err[0] and "go on with --resume" in err[1], err
+        assert status == 143 and "the run is saved" in err[0] and "continue with --resume" in err[1], err
     assert fit("run")[0] == 0
     assert_same(whole, run)
 
 
 def test_a_signal_while_saving_waits_for_the_checkpoint(fit, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, train, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, run_folder, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, err, run = fit("run", "--save-every", 2)
     assert status == 143 and latest_checkpoint(run).name == "step-0000002.safetensors", err
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
     code = ("import os, signal, sys, train; from model.errors import run\n"
-            "train.accumulate_gradients = lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
+            "train.check_step = lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
             f"sys.argv = ['train.py', '--tiny', '--steps', '2', '--eval-every', '0', '--out', {str(tmp_path / 'run')!r}]; run(train.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGTERM and not (tmp_path / "run" / "checkpoints").exists(), done.stderr
@@ -201,8 +203,8 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "accumulate_gradients", 3, lambda: patch.setattr(
-            InternVL, "loss", lambda model, _: sum(p.sum() for p in model.projector.parameters()) * math.nan))
+        at_call(patch, train, "answer_loss", 5, lambda: patch.setattr(
+            train, "answer_loss", lambda logits, _: logits.sum() * math.nan))                    # from the second half of step 3
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "step 3: loss nan" in err[0] and "stopped before the update; pages" in err[0]
     assert latest_checkpoint(run).name == "step-0000002.safetensors"
@@ -215,7 +217,7 @@ def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monke
 def test_out_of_memory_names_the_tiles_and_the_flags(fit, monkeypatch, error):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "accumulate_gradients", 3, lambda: patch.setattr(InternVL, "loss", lambda *_: fail(error)))
+        at_call(patch, train, "answer_loss", 5, lambda: fail(error))
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "out of memory with 1 tiles" in err[0]
     assert "--max-tiles" in err[0] and "--batch-pages" in err[0] and latest_checkpoint(run).name == "step-0000002.safetensors"
@@ -226,7 +228,7 @@ def test_out_of_memory_names_the_tiles_and_the_flags(fit, monkeypatch, error):
 def test_a_worker_that_is_killed_is_one_line_and_nothing_is_lost(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "accumulate_gradients", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
+        at_call(patch, train, "check_step", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
         status, err, run = fit("run", "--workers", 1)
     assert status == 2 and len(err) == 1 and "a worker process was ended from outside" in err[0] and "--workers" in err[0]
     assert fit("run")[0] == 0
@@ -299,7 +301,7 @@ def test_a_small_file_system_fills_up_and_the_run_goes_on_elsewhere(fit, tmp_pat
 
 
 def test_a_run_folder_that_was_removed_is_one_line(fit, tmp_path, monkeypatch):
-    at_call(monkeypatch, train, "accumulate_gradients", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    at_call(monkeypatch, train, "check_step", 3, lambda: shutil.rmtree(tmp_path / "run"))
     status, err, _ = fit("run")
     assert status == 2 and len(err) == 1 and "cannot be written (No such file or directory); it is gone" in err[0]
 
@@ -316,7 +318,7 @@ def test_what_is_left_out_is_counted_once_and_named_in_skipped_jsonl(tmp_path, c
     flags = ("--model", "tiny", "--data", tmp_path / "data", "--device", "cpu", "--workers", 0, "--eval-every", 0, "--max-tiles", 1,
              "--max-length", 600, "--accumulate", 3, "--epochs", 2)
     status, out, _ = call(train, capsys, monkeypatch, *flags, "--out", tmp_path / "whole")
-    assert status == 0 and "left out: 2 pages, 2 questions too long, 4 without an answer" in out
+    assert status == 0 and "skipped: 2 pages, 2 questions too long, 4 without an answer" in out
     lines = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
     counted = collections.Counter()
     for line in lines:
@@ -324,10 +326,10 @@ def test_what_is_left_out_is_counted_once_and_named_in_skipped_jsonl(tmp_path, c
     assert counted == {"page": 2, "questions too long": 2, "questions without an answer": 4}
     assert [line["page"] for line in lines if line["left_out"] == "page"] == ["17/1"] * 2
     with monkeypatch.context() as patch:
-        at_call(patch, train, "accumulate_gradients", 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, train, "check_step", 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
         call(train, capsys, monkeypatch, *flags, "--out", tmp_path / "run")
     status, again, _ = call(train, capsys, monkeypatch, "--resume", tmp_path / "run")
-    assert status == 0 and [line for line in out.splitlines() if "left out" in line] == [line for line in again.splitlines() if "left out" in line]
+    assert status == 0 and [line for line in out.splitlines() if "skipped:" in line] == [line for line in again.splitlines() if "skipped:" in line]
     assert (tmp_path / "run" / "skipped.jsonl").read_text() == (tmp_path / "whole" / "skipped.jsonl").read_text()
     assert_same(tmp_path / "whole", tmp_path / "run")
 
@@ -428,15 +430,15 @@ def test_a_model_is_never_used_half_downloaded(tmp_path):
 
 def test_pauses_grow_are_told_and_end(monkeypatch, capsys):
     clock, told = [0.0], []
-    monkeypatch.setattr(network.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(network.time, "sleep", lambda seconds: (told.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
-    patience = network.Backoff(600)
-    while patience.wait(ConnectionError("gone")):
+    monkeypatch.setattr(data.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: (told.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
+    backoff = data.Backoff(600)
+    while backoff.wait(ConnectionError("gone")):
         pass
     assert told == [1, 2, 4, 8, 16, 32, *[60] * 8] and clock[0] <= 600
     assert capsys.readouterr().err.count("trying again in") == len(told)
     with pytest.raises(FileNotFoundError):                              # no trouble of the network
-        network.retry(lambda: fail(FileNotFoundError("x")))
+        data.retry(lambda: fail(FileNotFoundError("x")))
 
 
 @pytest.fixture
@@ -477,7 +479,7 @@ def test_addresses_that_lead_astray_or_never_end_are_refused(public, monkeypatch
     address, asked = public
     monkeypatch.setattr(network, "FETCH_SECONDS", 1)
     with pytest.raises(InputError, match=message):
-        data.load_image(address + path)
+        load_image(address + path)
     assert not any(host.startswith("127.0.0.2") for host in asked)
 
 
@@ -485,5 +487,5 @@ def test_private_addresses_are_refused_under_every_name():
     for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1", "2130706433", "[::ffff:127.0.0.1]"):
         server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
         with pytest.raises(InputError, match="cannot be fetched"):
-            data.load_image(f"http://{host}:{server.server_port}/x")
+            load_image(f"http://{host}:{server.server_port}/x")
         server.server_close()

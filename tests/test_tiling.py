@@ -81,7 +81,8 @@ def test_pixels_equal_the_reference_in_every_mode(mode):
 
 
 def test_pixels_equal_the_reference_on_real_receipts():
-    from data import group_rows_into_pages, open_rows
+    from data import group_rows_into_pages
+    from extras.sources import open_rows
     for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(6)):
         image = read_image(page.images[0])
         ours = normalize(torch.from_numpy(tile_page(image, 12)), torch.float32)

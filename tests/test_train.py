@@ -69,7 +69,7 @@ def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypat
     assert all(set(line) == {"step", "val_loss", "exact_match", "anls"} for line in metrics(run) if "val_loss" in line)
     samples = (run / "samples.md").read_text()
     assert samples.count("## Step") == 3 and "| page | question | answer | expected |" in samples
-    assert f"python infer.py --model {run}" in out and "trains" in out
+    assert f"python infer.py --model {run}" in out and "trainable" in out
     assert len(InternVL.from_pretrained(run, "cpu").state_dict()) == 65
 
 
@@ -146,17 +146,17 @@ def test_a_recipe_sets_flags_says_so_and_gives_way_to_what_is_typed(fit, folder,
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert (settings["lora_rank"], settings["lora_alpha"], settings["weight_decay"], settings["train"]) == (128, 256, 0.05, "projector,lora")
     assert settings["lr"] == "projector=0.001,lora=4e-05" and settings["checkpoint_activations"] is True
-    for recipe in train.RECIPES:
+    for recipe in train.recipes.RECIPES:
         monkeypatch.setattr(sys, "argv", ["train.py", "--recipe", recipe, "--steps", "1"])
-        parsed = vars(train.parse_settings())
-        assert all(parsed[key] == value for key, value in train.RECIPES[recipe][1].items())
+        parsed = vars(train.parse_args())
+        assert all(parsed[key] == value for key, value in train.recipes.RECIPES[recipe][1].items())
 
 
 def test_each_part_has_its_learning_rate(fit, tiny):
     tiny.requires_grad_(False)
     train.choose_parts(tiny, "projector,llm")
-    optimizer = train.make_optimizer(tiny, Namespace(lr={"projector": 1e-3, "llm": 1e-5}, weight_decay=0.1, beta2=0.9, device="cpu"))
-    rates = {id(p): (group["highest"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    optimizer = train.make_optimizer(tiny, Namespace(lr="projector=1e-3,llm=1e-5", weight_decay=0.1, beta2=0.9, device="cpu"))
+    rates = {id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in tiny.projector.parameters()} == {(1e-3, 0.1), (1e-3, 0)}
     assert {rates[id(p)] for p in tiny.language.parameters()} == {(1e-5, 0.1), (1e-5, 0)} and len(rates) == 6 + 2 * 12 + 3
     run = fit("run", "--train", "projector,llm", "--lr", "projector=1e-2,llm=0", "--steps", 2, "--eval-every", 0)
@@ -203,7 +203,7 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     assert "--lora-rank 8: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--lora-rank", 8)
     assert "--seed 5: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--seed", 5)
     assert "nothing to do after step 3" in refuses(train, capsys, monkeypatch, "--resume", run, "--steps", 1)
-    assert "goes on in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
+    assert "continues in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
     assert "nowhere: not found" in refuses(train, capsys, monkeypatch, "--resume", run, "--model", "nowhere")
     assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
 
@@ -283,7 +283,7 @@ def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, c
                             "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
     assert status == 0, err
     assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: cannot read it as an image" in err
-    assert "left out: 1 pages, 1 questions too long, 0 without an answer" in out
+    assert "skipped: 1 pages, 1 questions too long, 0 without an answer" in out
     assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
 
 
@@ -321,12 +321,12 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--warmup", "2"), "2.0 is not between 0 and 1"),
     (("--schedule", "wild"), "invalid choice: 'wild'"),
     (("--recipe", "mine"), "invalid choice: 'mine'"),
-    (("--tiny", "--format", "peft"), "what becomes of --export"),
-    (("--lora-targets", "head"), "'head' is no set of layers; expected llm, qkv, vision, all-linear"),
-    (("--lr", "projector=1e-3,tail=1"), "'tail' is no part of the model"),
+    (("--tiny", "--format", "peft"), "belong to --export RUN FOLDER"),
+    (("--lora-targets", "head"), "'head' is not a set of layers; expected llm, qkv, vision, all-linear"),
+    (("--lr", "projector=1e-3,tail=1"), "'tail' is not a part of the model"),
     (("--lr", "projector=1e-3,1e-4"), "invalid learning_rates value"),
     (("--lr", "lora=1e-3"), "--lr: a rate for lora, but --train projector"),
-    (("--train", "projector,head"), "'head' is no part of the model; expected projector, lora, llm, vision, or all"),
+    (("--train", "projector,head"), "'head' is not a part of the model; expected projector, lora, llm, vision, or all"),
     (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
     (("--model", "nowhere"), "nowhere: not found; expected a model folder"),
     (("--device", "nonsense"), "try --device cpu"),

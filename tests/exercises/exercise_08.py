@@ -4,7 +4,7 @@ The gradient of a step must not depend on how its pages were split. Each micro-b
 losses; add up the step's loss.
 
 Hint: divide every sum by the tokens of the whole step, not by its own. Averages of averages are right only where all
-micro-batches have equally many tokens. See `accumulate_gradients` in train.py.
+micro-batches have equally many tokens. See the optimizer step in the loop of train.py.
 """
 import torch
 

@@ -3,14 +3,14 @@
 Most training loops average each micro-batch, then average the averages. Write that, and watch the promise of this
 repository, "1 x 4 pages = 4 x 1 pages", break.
 
-Hint: copy `accumulate_gradients` from train.py and divide each micro-batch's loss by its own answer tokens, and by the number
-of micro-batches. Nothing looks wrong: the loss is finite and falls. Whose tokens now weigh more?
+Hint: copy the loop over micro-batches from the optimizer step in train.py; divide each micro-batch's loss by its own answer
+tokens, and by the number of micro-batches. Return the step's loss. Nothing looks wrong: the loss is finite and falls. Whose tokens now weigh more?
 """
 import torch
 
 
 def broken(model, examples, batch_pages):
-    """As train.accumulate_gradients, but with the mean of means."""
+    """As the optimizer step in train.py up to the gradients, but with the mean of means."""
     raise NotImplementedError("write me")
 
 
@@ -21,7 +21,8 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
     from model.prompt import page_prompt
     from model.tiling import tile_page
     from model.tiny.pages import draw_page
-    from train import accumulate_gradients, choose_parts
+    from reference import accumulate_gradients
+    from train import choose_parts
 
     class Example:
         def __init__(self, tiles, prompt):

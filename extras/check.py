@@ -1,0 +1,104 @@
+"""Is every row of a data set right, and how does the model see it? The commands `python data.py check` and `show`."""
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from data import PageDataset, group_rows_into_pages, page_blocks, plain
+from extras.formats import read_file
+from extras.pictures import show_example
+from extras.sources import open_rows
+from model.checkpoint import CONFIG, find, load_tokenizer
+from model.config import Config
+from model.errors import InputError, OneLineParser, int_in
+
+
+def parse_arguments():
+    parser = OneLineParser(description="Check data of your own before you train on it, or see an example as the model does.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check_parser = commands.add_parser("check", help="check whole files: print file:line and the reason for every wrong row")
+    check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
+    show_parser = commands.add_parser("show", help="show one example: its tiles as a picture, its tokens, and which are in "
+                                      "the loss")
+    show_parser.add_argument("path", metavar="PATH", help="as in check")
+    show_parser.add_argument("number", type=int_in(0), metavar="N",
+                             help="which example, counted from 0: a page with all its questions")
+    show_parser.add_argument("--out", help="the picture's file (show-N.png)")
+    for command in (check_parser, show_parser):
+        command.add_argument("--model", help="Hub id or local folder of the model whose tokens and tiles are shown; its weights "
+                             "are not needed (the embedded model; check then judges no lengths)")
+        command.add_argument("--max-tiles", type=int_in(1, 128), default=12,
+                             help="tiles a page may be cut into (%(default)s)")
+        command.add_argument("--max-length", type=int_in(1), default=8192,
+                             help="tokens of a question with its page (%(default)s)")
+        command.add_argument("--allow-private", action="store_true",
+                             help="fetch images from addresses of a private network too")
+        command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+    return parser.parse_args()
+
+
+def make_dataset(arguments):
+    """The PageDataset for --model: only its configuration and its tokenizer are needed."""
+    folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
+    model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
+    judged = arguments.model or arguments.command == "show"             # by their length
+    return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
+
+
+def check(path, dataset, split):
+    """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right."""
+    parts = read_file(path) if Path(path).is_file() else []
+    # a file is gathered as a whole: an image is decoded once for all its rows
+    blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
+    problems = [problem for part in parts for problem in part.problems + part.remarks]
+    rows = sum(part.entries for part in parts)
+    counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
+    for page in itertools.chain.from_iterable(blocks):
+        rows += 0 if parts else page.rows
+        counts["pages"] += 1
+        counts["questions"] += len(page.questions)
+        counts["without an answer"] += page.unanswered
+        pictures.update(image for image in page.images if isinstance(image, str))
+        problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
+    for place, reason in sorted(problems, key=by_line):
+        print(plain(f"{place}: {' '.join(reason.split())}"))
+    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
+          + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
+    return not problems
+
+
+def problems_of(example, max_length, in_file):
+    """(place, reason) of all that keeps a page, or some of its questions, out of training."""
+    page = example.page
+    if example.error:
+        return [(place if in_file else page.name, example.error) for place in dict.fromkeys(page.places or [page.name])]
+    left_out = [place for i, place in enumerate(page.places) if i not in example.kept_questions]
+    return [(place, f"does not fit --max-length {max_length}") for place in dict.fromkeys(left_out)]
+
+
+def by_line(problem):
+    file, _, line = problem[0].rpartition(":")
+    return file, int(line) if line.isdigit() else 0
+
+
+def show(arguments, dataset):
+    """Print the example with a number as the model reads it, and draw its tiles."""
+    rows = open_rows(arguments.path, arguments.split, hold_out=False)
+    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False))
+    page = next(itertools.islice(pages, arguments.number, None), None)
+    if page is None:
+        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+    example = dataset[page]
+    if example.error:
+        raise InputError(f"{page.name}: {example.error}")
+    if arguments.model is None:
+        print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+    show_example(example, dataset.tokenizer, arguments.out or f"show-{arguments.number}.png")
+
+
+def main():
+    arguments = parse_arguments()
+    dataset = make_dataset(arguments)
+    if arguments.command == "show":
+        return show(arguments, dataset)
+    sys.exit(not all([check(path, dataset, arguments.split) for path in arguments.paths]))

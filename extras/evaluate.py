@@ -298,7 +298,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
 
     `settings`: {flag: value} of everything that the answers depend on. `path`: the predictions; questions that they
     answer are skipped. `batch`: pages answered at once. The answer to a question that cannot be answered is empty.
-    Raises InputError for predictions of other settings or questions, and where there are no questions.
+    Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     out, lines = Predictions(path, settings), []
 
@@ -322,8 +322,6 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                 out.write(lines)
                 bar.update(len(lines) - bar.n)
     out.all_taken()
-    if not lines:
-        raise InputError(f"{settings['evaluate']}: holds no questions")
     table = score_table(lines)
     out.write_scores({"settings": settings, "scores": table})
     return lines, table

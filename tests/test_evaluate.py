@@ -161,7 +161,7 @@ def test_predictions_that_cannot_be_resumed_are_one_error_and_stay(tiny, tmp_pat
     (tmp_path / "p.scores.json").unlink()
     with pytest.raises(InputError, match="cannot be resumed"):
         evaluate_rows(tiny, rows, settings, path)
-    with pytest.raises(InputError, match="x: holds no questions"):
+    with pytest.raises(InputError, match="the data holds no rows"):
         evaluate_rows(tiny, [], settings)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
+from extras.evaluate import answer_batch
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.score import anls, exact_match
@@ -29,7 +30,6 @@ from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
 from model.errors import OneLineParser, add_switch, float_in, int_in, names_in, run, warn
-from model.generate import generate
 from model.lora import TARGETS, add_adapters
 from model.tiny.pages import DOMAINS
 
@@ -337,7 +337,6 @@ def evaluate(model, examples):
     """
     model.eval()
     total, tokens, answers, skips = 0.0, 0, [], SkipLog()
-    prompts = PageDataset(model, max_length=None)
     for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
@@ -345,12 +344,10 @@ def evaluate(model, examples):
             batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
         total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
-        prompt, _ = prompts.write(page, example.tile_counts, asked=example.kept_questions)
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
-            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER, image_tokens=batch.image_tokens)))
-        for i, ids in zip(example.kept_questions, columns):
-            answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
-            answers.append({"page": page.name, "question": page.questions[i], "answer": answer, "expected": page.accepted[i]})
+            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
+        answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
+                     "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
 
     def mean(score):

@@ -25,16 +25,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from extras.cli import OneLineParser, int_in, run
 from extras.formats import read_file
 from extras.pictures import show_example
 from extras.sources import count_rows, named_parts, numbered, open_rows  # noqa: F401: some only for those who train
 from model import InputError
-from model.checkpoint import CONFIG, find, load_tokenizer
+from model.checkpoint import CONFIG, resolve
 from model.config import Config
-from model.errors import OneLineParser, run, int_in
 from model.network import fetch
 from model.prompt import INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
+from model.tokenizer import load_tokenizer
 
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
@@ -434,7 +435,7 @@ def parse_arguments():
 
 def make_examples(arguments):
     """What turns pages into examples, with the configuration and the tokenizer of --model alone."""
-    folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
+    folder, _, _ = resolve(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)

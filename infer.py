@@ -21,6 +21,7 @@ from pathlib import Path
 
 from data import PageDataset, group_rows_into_pages, load_examples, load_image, open_rows
 from extras.chat_cli import SETTINGS, answer_one, converse, tell
+from extras.cli import OneLineParser, float_in, int_in, run
 from extras.explain import explain
 from extras.int8 import to_int8
 from extras.many import answer_many, folder_questions, go_on, read_questions
@@ -30,10 +31,9 @@ from extras.split import evaluate
 from extras.video import read_video
 from extras.web import Server
 from model import InputError, InternVL
-from model.errors import OneLineParser, float_in, run, int_in
 from model.generate import generate
-from model.prompt import clean
 from model.tiling import read_image
+from model.tokenizer import clean
 
 PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
 

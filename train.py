@@ -18,18 +18,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import PageDataset, PageStream, count_rows, load_examples, load_image, open_rows
+from extras.cli import run
 from extras.export import export
 from extras.memory import peak_gb, step_gb
 from extras.recipes import RECIPES
 from extras.run_folder import (METRICS, SAMPLES, SKIPPED, Interruptions, SkipLog, append_line, draw_curve, draw_samples,
-                               keep_lines, kept_when_it_ends, memory_told, open_run, told_in_one_line, next_steps,
-                               write_samples)
+                               keep_lines, keep_newest, kept_when_it_ends, memory_told, next_steps, open_run,
+                               restore_checkpoint, save_checkpoint, told_in_one_line, write_samples)
 from extras.score import anls, exact_match
 from extras.settings import PARTS, parse_settings
 from model import InputError, InternVL
-from model.checkpoint import (CHECKPOINTS, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
-                              save_checkpoint, write_text)
-from model.errors import run, warn
+from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, latest_checkpoint, write_text
+from model.errors import warn
 from model.generate import generate
 from model.lora import add_adapters
 
@@ -202,7 +202,7 @@ def begin(folder, settings, model, optimizer):
     state = {"step": 0, "epoch": 0, "index": 0, "refill": [0, 0], "rows": 0, "questions": 0, "split_pages": 0}
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
-        saved = load_checkpoint(checkpoint, model, optimizer)
+        saved = restore_checkpoint(checkpoint, model, optimizer)
         if saved.keys() != state.keys():
             raise InputError(f"{checkpoint}: of another version of train.py; finish the run with that one")
         state = saved

@@ -18,7 +18,8 @@ from PIL import Image
 from model.chat import describe, without_beginning
 from model.errors import InputError, warn
 from model.language import KVCache
-from model.prompt import PLACEHOLDER, clean, write_conversation, page_prompt
+from model.prompt import PLACEHOLDER, write_conversation, write_page
+from model.tokenizer import clean
 from model.tiling import tile_page
 
 
@@ -165,7 +166,7 @@ def write_prompt(model, tiles, questions, max_new_tokens):
     if tiles and PLACEHOLDER in questions[0]:
         prompt = write_conversation(model.tokenizer, size, counts, [(questions[0], None)])
     else:
-        prompt, _ = page_prompt(model.tokenizer, size, counts, questions)
+        prompt, _ = write_page(model.tokenizer, size, counts, [[(question, None)] for question in questions])
     longest = max(prompt.positions) + 1
     if longest + max_new_tokens > most:
         raise InputError(f"{longest} tokens of prompt and {max_new_tokens} of answer exceed the model's {most}; "

@@ -10,10 +10,13 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from extras.score import exact_match
+from model import checkpoint, lora
 from model.checkpoint import CONFIG, SETTINGS, WEIGHTS, write_text
 from model.errors import InputError, warn
+from model.names import official_name
 from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
@@ -269,3 +272,61 @@ def memory_told(examples):
         pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in examples)
         raise InputError(f"out of memory with {sum(len(example.tiles) for example in examples)} tiles in a micro-batch, pages "
                          f"{pages}; lower --max-tiles or --batch-pages ({str(error)[:100] or 'MemoryError'})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, model, optimizer, state):
+    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values) into one file.
+
+    Raises InputError where it cannot be written; an older file of this name then stays as it was.
+    """
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"model.{name}"] = parameter.detach()
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{kind}.{name}"] = value
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = json.dumps(state)
+    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
+    metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
+    try:
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.write_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); the checkpoints before it are whole: make room, then go on "
+                         f"with --resume {path.parent.parent}") from error
+
+
+def restore_checkpoint(path, model, optimizer):
+    """Copy a checkpoint's tensors into a model and into the state of its optimizer; returns the `state` saved with them.
+
+    Raises InputError for a file that is damaged or not of this model with these trained parts.
+    """
+    parameters = trained_parameters(model)
+    trained, saved, state, scale = checkpoint.read_checkpoint(path)
+    if missing := sorted(parameters.keys() - trained.keys()):
+        raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which this run trains")
+    lora.lay_over(model, trained, scale, path)
+    for key, tensor in saved.items():
+        kind, _, name = key.partition(".")
+        if name not in parameters or tensor.shape != (() if kind == "step" else parameters[name].shape):
+            raise InputError(f"{path}: {kind} of {name} {tuple(tensor.shape)} is not of this model")
+        on_cpu = kind == "step" and not optimizer.defaults["fused"]         # where AdamW counts its steps
+        optimizer.state[parameters[name]][kind] = tensor if on_cpu else tensor.to(parameters[name].device)
+    return state
+
+
+def trained_parameters(model):
+    """{official name: parameter} of the trainable parameters."""
+    return {official_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def keep_newest(run, count, losses):
+    """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
+    paths = sorted(Path(run, checkpoint.CHECKPOINTS).glob("step-*.safetensors"))
+    checkpoints = {int(path.stem.removeprefix("step-")): path for path in paths}
+    best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
+    for step in list(checkpoints)[:-count]:
+        if step != best:
+            checkpoints[step].unlink()

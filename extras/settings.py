@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from extras.cli import OneLineParser, float_in, int_in
 from extras.recipes import LR, RECIPES, TINY_LR
 from extras.sources import is_synthetic, named_parts
 from model.checkpoint import read_settings
-from model.errors import OneLineParser, float_in, int_in
 from model.lora import TARGETS
 from model.tiny.pages import DOMAINS
 
@@ -123,8 +123,8 @@ def add_file_flags(parser):
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="go on from a run folder, with its settings")
     flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, and end")
-    flag("--format", choices=("official", "native", "peft"), default="official",
-         help="of the folder: the official layout, transformers' own, or the adapter alone (%(default)s)")
+    flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
+         help="layout of the folder: official, transformers' own (also called native), or the adapter alone (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
 
 

@@ -5,7 +5,7 @@ import sys
 import data
 import infer
 import train
-from model.errors import run
+from extras.cli import run
 
 
 def call(program, capsys, monkeypatch, *flags, stdin=""):

@@ -20,8 +20,7 @@ import transformers
 
 from data import PageDataset, group_rows_into_pages, open_rows
 from model import InternVL
-from model.prompt import page_prompt
-from reference import randomise, reference_model, reference_pixels
+from reference import page_prompt, randomise, reference_model, reference_pixels
 from train import accumulate_gradients, choose_parts, make_optimizer
 
 

@@ -34,7 +34,7 @@ def main():
         import train
         from extras import sources as rows
         from model import network
-        from model.errors import run
+        from extras.cli import run
         network.retry.__defaults__ = (60,)                           # seconds at the start: a stall of 1.5 is long beside 7
         data.shuffled.__defaults__ = (8,)                           # pages held, so that training begins before all rows are read
         sleep, shown, pages = time.sleep, [], []

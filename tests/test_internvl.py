@@ -7,8 +7,7 @@ import torch.nn.functional as F
 
 from conftest import real
 from data import PageDataset, group_rows_into_pages, open_rows
-from model.prompt import page_prompt
-from reference import all_logits, loss_of, reference_model, reference_pixels
+from reference import all_logits, loss_of, page_prompt, reference_model, reference_pixels
 from small_data import mixed_rows
 from train import accumulate_gradients, choose_parts, make_optimizer
 

@@ -77,10 +77,9 @@ def read_settings(run):
         if any(isinstance(value, (dict, list)) for value in settings.values()):
             raise ValueError("expected plain values")
         return settings
-    except KeyError as error:
-        raise InputError(f"{run}: not a run folder ({error} is missing); expected --out of an earlier run") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise InputError(f"{run}: not a run folder ({reason}); expected --out of an earlier run") from error
 
 
 def latest_checkpoint(run):
@@ -90,16 +89,19 @@ def latest_checkpoint(run):
 
 def download(name, files):
     """Download a model's files into the Hub's cache; return their folder. Raises InputError."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download, try_to_load_from_cache
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except errors.RepositoryNotFoundError as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise InputError(f"{name}: neither a local folder nor a model on the Hub; check the name, or log in with "
                          "'hf auth login' if it is private") from error
     except errors.LocalEntryNotFoundError as error:
         raise InputError(f"{name}: the Hub cannot be reached and the model is not in the cache; connect to the "
                          "network, give a local folder with --model, or take the embedded model with --tiny") from error
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
+        cached = try_to_load_from_cache(name, files[0])
+        if isinstance(cached, str):                         # whole, from an earlier download
+            return Path(cached).parent
         raise InputError(f"{name}: download failed ({error}); try again, or use a local folder with --model") from error
 
 
@@ -200,9 +202,8 @@ def read_checkpoint(path):
             if checksum(names, file.get_tensor, state) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
-            tensors = {name: file.get_tensor(name) for name in names}
-            trained, optimizer = ({name.removeprefix(kind): tensor for name, tensor in tensors.items()
-                                   if name.startswith(kind)} for kind in ("model.", "optimizer."))
+            trained = {name[6:]: file.get_tensor(name) for name in names if name.startswith("model.")}
+            optimizer = {name[10:]: file.get_tensor(name) for name in names if name.startswith("optimizer.")}
             return trained, optimizer, json.loads(state), scale
     except InputError:
         raise

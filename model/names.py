@@ -96,8 +96,8 @@ def fuse(ours, pieces):
     An adapter of the fused layer has the rows of all three A; its B is block-diagonal, so each keeps its outputs.
     """
     found = [piece for piece in pieces if piece is not None]
-    if len(pieces) == 1 or not found:
-        return pieces[0] if len(pieces) == 1 else None
+    if len(found) == 0 or len(pieces) == 1:
+        return found[0] if found else None
     if ours.endswith(".adapter.b.weight"):
         return torch.block_diag(*(found[0][:, :0] if piece is None else piece for piece in pieces))
     return torch.cat(found)

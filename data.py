@@ -230,8 +230,8 @@ class Page:
     epoch: int = 0
     resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it that are done) behind this page
     system: str | None = None                                   # as in `write_page`
-    opening: list = field(default_factory=list)
-    head: str | None = None
+    history: list = field(default_factory=list)
+    question_start: str | None = None
     max_tiles: int | None = None                                # if different from --max-tiles
     augment: bool = False                                       # compress its images as JPEG, anew in each epoch
 
@@ -267,7 +267,7 @@ def page_key(row):
     """
     part = row.get("part", ())
     if "turns" in row:
-        return part, *((row["images"], row["system"]) if row["images"] and not row["head"] else (row["place"],))
+        return part, *((row["images"], row["system"]) if row["images"] and not row["question_start"] else (row["place"],))
     if row.get("docId") is not None and row.get("ucsf_document_page_no") is not None:
         return part, row["docId"], row["ucsf_document_page_no"]
     return part, hashlib.sha1(image_bytes(row)).hexdigest()
@@ -275,8 +275,8 @@ def page_key(row):
 
 def new_page(row, key):
     if "turns" in row:
-        return Page(row["place"], list(row["images"]), key=hash(key), system=row["system"], opening=row["opening"],
-                    head=row["head"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
+        return Page(row["place"], list(row["images"]), key=hash(key), system=row["system"], history=row["history"],
+                    question_start=row["question_start"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
     return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
 
 
@@ -481,7 +481,7 @@ class PageDataset(Dataset):
         if asked is not None:
             branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
-                                      page.system, page.opening, page.head)
+                                      page.system, page.history, page.question_start)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
     def size(self, page):
@@ -509,5 +509,5 @@ def load_examples(pages, dataset, workers, pin_memory=False):
 
 if __name__ == "__main__":
     from extras.check import main
-    from model.errors import run
+    from extras.cli import run
     run(main)

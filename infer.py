@@ -17,10 +17,10 @@ import re
 import sys
 from pathlib import Path
 
+from extras.cli import OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
-from model.errors import OneLineParser, float_in, int_in, run
-from model.prompt import clean
+from model.tokenizer import clean
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that could be orders to a terminal
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
+from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
 from extras.evaluate import answer_batch
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
@@ -29,7 +30,7 @@ from extras.score import anls, exact_match
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
-from model.errors import OneLineParser, add_switch, float_in, int_in, names_in, run, warn
+from model.errors import warn
 from model.lora import TARGETS, add_adapters
 from model.tiny.pages import DOMAINS
 
@@ -108,8 +109,8 @@ def add_file_flags(parser):
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
     flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
-    flag("--format", choices=("official", "native", "peft"), default="official",
-         help="of the exported folder: the official layout, transformers' own, or the adapter alone (%(default)s)")
+    flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
+         help="of the exported folder: official, transformers (or native, its old name), or the adapter alone (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
 
 

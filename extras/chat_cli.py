@@ -11,9 +11,10 @@ import json
 import re
 import sys
 
+from extras.cli import float_in, int_in
 from extras.video import read_video
-from model.errors import InputError, float_in, int_in
-from model.prompt import clean
+from model.errors import InputError
+from model.tokenizer import clean
 
 SETTINGS = {                                    # of an answer, each with its type
     "max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),

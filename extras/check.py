@@ -5,12 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
+from extras.cli import OneLineParser, int_in
 from extras.formats import read_file
 from extras.pictures import show_example
 from extras.sources import open_rows
-from model.checkpoint import CONFIG, find, load_tokenizer
+from model.checkpoint import CONFIG, resolve
 from model.config import Config
-from model.errors import InputError, OneLineParser, int_in
+from model.errors import InputError
+from model.tokenizer import load_tokenizer
 
 
 def parse_arguments():
@@ -39,7 +41,7 @@ def parse_arguments():
 
 def make_dataset(arguments):
     """The PageDataset for --model: only its configuration and its tokenizer are needed."""
-    folder, _, _ = find(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
+    folder, _, _ = resolve(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)

@@ -26,7 +26,8 @@ from model.chat import describe
 from model.checkpoint import write_text
 from model.errors import InputError, warn
 from model.generate import generate
-from model.prompt import PLACEHOLDER, clean
+from model.prompt import PLACEHOLDER
+from model.tokenizer import clean
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "seed")         # the settings of `generate`
 PREDICTION = ("questionId", "answer")                                   # the keys of a prediction
@@ -258,15 +259,15 @@ class QuestionDataset(PageDataset):
     def opened(self, page):
         """The page with its images decoded, `max_tiles` for each of them, and with the text that surrounds them."""
         images = [image for source in page.images for image in load_images(source, self.allow_private)]
-        head, questions = None, page.questions
+        question_start, questions = None, page.questions
         if images and PLACEHOLDER in questions[0]:                      # then all questions of the page are the same
             *before, rest = questions[0].split(PLACEHOLDER, len(images))
             if len(before) < len(images):
                 raise InputError(f"{len(images)} images, but {len(before)} {PLACEHOLDER} in the question: "
                                  "write one for each image, or none")
-            head, questions = "".join(text + PLACEHOLDER for text in before), [rest] * len(questions)
+            question_start, questions = "".join(text + PLACEHOLDER for text in before), [rest] * len(questions)
         tiles = self.max_tiles * max(1, len(images))                    # of all images together
-        return replace(page, images=images, questions=questions, head=head, max_tiles=tiles)
+        return replace(page, images=images, questions=questions, question_start=question_start, max_tiles=tiles)
 
 
 def answer_questions(model, asked, path=None, max_tiles=12, batch=1, allow_private=False, **settings):

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from extras.pictures import as_image, attention, draw_attention, draw_tiles
 from model.chat import Chat, Picture
-from model.prompt import IMAGE_TOKEN, IGNORE_INDEX, PLACEHOLDER, Prompt, write_page, special_id
+from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
+from model.tokenizer import special_id
 
 LIKELIEST = 5                           # tokens shown of each distribution
 STYLE = """
@@ -72,7 +73,7 @@ def follow(model, image, question, max_tiles=12, max_new_tokens=64):
     [turn], [picture] = chat.turns, chat.pictures
     head, image_place, rest = turn.question.partition(PLACEHOLDER)
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
-                                head=head + image_place)
+                           question_start=head + image_place)
     batch = model.pack([(torch.as_tensor(picture.tiles), prompt)])
     batch.image_tokens = picture.tokens
     likely = model(batch).float().softmax(-1).cpu()

@@ -76,8 +76,8 @@ def shown(value):
 def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
-    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `opening` and
-    `head` as in `write_page`; what else scores and predictions need.
+    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history` and
+    `question_start` as in `write_page`; what else scores and predictions need.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -100,8 +100,8 @@ def read_entry(entry):
     if not all(isinstance(image, str) and image for image in listed):
         raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
     images, turns = place_images(turns, listed, first=-1 if told_by in ("query", "messages") else 0)
-    opening, head, rest = images_first(turns)
-    return {"turns": rest, "images": images, "system": system, "opening": opening, "head": head,
+    history, question_start, rest = images_first(turns)
+    return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
             "accepted": accepted_answers(entry) if told_by == "question" else None,
             "question_types": entry.get("question_types") or [],
             "questionId": next((entry[key] for key in ("questionId", "question_id", "id") if entry.get(key) is not None), None),
@@ -159,7 +159,7 @@ def place_images(turns, listed, first=0):
 
 
 def images_first(turns):
-    """-> (opening, head, rest of the turns), see `write_page`; ([], None, turns) where the images simply come first.
+    """-> (history, question_start, rest of the turns), see `write_page`; ([], None, turns) where the images simply come first.
 
     They do where they are all at the beginning, or all at the end, of the first question: on lines of their own, before what
     is left of it, so that rows about an image share a page. (LLaVA and XTuner move them to the beginning too.)
@@ -172,8 +172,8 @@ def images_first(turns):
     for rest in (question[begin:], question[:end]):
         if last == 0 and PLACEHOLDER not in rest:
             return [], None, [(rest, answer), *turns[1:]]
-    head, _, rest = question.rpartition(PLACEHOLDER)
-    return turns[:last], head + PLACEHOLDER, [(rest, answer), *turns[last + 1:]]
+    question_start, _, rest = question.rpartition(PLACEHOLDER)
+    return turns[:last], question_start + PLACEHOLDER, [(rest, answer), *turns[last + 1:]]
 
 
 def entries(text):

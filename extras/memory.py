@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model.prompt import page_prompt
+from model.prompt import write_page
 
 QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4      # about a page of DocumentVQA
 
@@ -49,8 +49,7 @@ def saved_gb(model, tiles):
         return tensor.detach()                                  # the tensor itself would keep its own graph alive for ever
 
     size = model.config.vision.tile_pixels
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles], [QUESTION] * QUESTIONS,
-                            [ANSWER] * QUESTIONS)
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.errors import InputError
 from model.language import apply_rotary, page_mask, rotary_cos_sin
-from model.prompt import IMAGE_TOKEN, special_id
+from model.prompt import IMAGE_TOKEN
+from model.tokenizer import special_id
 
 EDGE, LINE = 24, (220, 30, 30)           # EDGE: pixels around a tile of 128, more around larger ones
 

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from extras import plots
-from model.checkpoint import (CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, keep_newest, latest_checkpoint, load_checkpoint,
-                              save_checkpoint, write_text)
+from model import checkpoint, lora
+from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, write_text
 from model.errors import InputError, warn
+from model.names import official_name
 from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
@@ -48,11 +50,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for half in (*self.path.rglob("*.part"), *self.path.rglob(".tmp*")):    # of a process killed while it wrote
             half.unlink()
-        checkpoint = latest_checkpoint(self.path)
-        if checkpoint:
-            state = load_checkpoint(checkpoint, model, optimizer)
+        newest = latest_checkpoint(self.path)
+        if newest:
+            state = restore_checkpoint(newest, model, optimizer)
             if state.keys() != self.state.keys():
-                raise InputError(f"{checkpoint}: written by another version of train.py; finish the run with that version")
+                raise InputError(f"{newest}: written by another version of train.py; finish the run with that version")
             self.state, self.saved = state, state["step"]
             print(f"resumed after step {state['step']}")
         write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")     # only after the checkpoint fits them
@@ -273,3 +275,61 @@ def next_steps(folder):
     image = f"--image {named}/page.png " if (folder / "page.png").exists() else ""
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
             f'python infer.py --model {named} {image}"{question}"')
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, model, optimizer, state):
+    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values) into one file.
+
+    Raises InputError where it cannot be written; an older file of this name then stays as it was.
+    """
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"model.{name}"] = parameter.detach()
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{kind}.{name}"] = value
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = json.dumps(state)
+    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
+    metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
+    try:
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.write_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); the checkpoints before it are whole: make room, then "
+                         f"continue with --resume {path.parent.parent}") from error
+
+
+def restore_checkpoint(path, model, optimizer):
+    """Copy a checkpoint's tensors into a model and into the state of its optimizer; returns the `state` saved with them.
+
+    Raises InputError for a file that is damaged or not of this model with these trained parts.
+    """
+    parameters = trained_parameters(model)
+    trained, saved, state, scale = checkpoint.read_checkpoint(path)
+    if missing := sorted(parameters.keys() - trained.keys()):
+        raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which this run trains")
+    lora.lay_over(model, trained, scale, path)
+    for key, tensor in saved.items():
+        kind, _, name = key.partition(".")
+        if name not in parameters or tensor.shape != (() if kind == "step" else parameters[name].shape):
+            raise InputError(f"{path}: {kind} of {name} {tuple(tensor.shape)} is not of this model")
+        on_cpu = kind == "step" and not optimizer.defaults["fused"]         # where AdamW counts its steps
+        optimizer.state[parameters[name]][kind] = tensor if on_cpu else tensor.to(parameters[name].device)
+    return state
+
+
+def trained_parameters(model):
+    """{official name: parameter} of the trainable parameters."""
+    return {official_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def keep_newest(run, count, losses):
+    """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
+    paths = sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))
+    checkpoints = {int(path.stem.removeprefix("step-")): path for path in paths}
+    best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
+    for step in list(checkpoints)[:-count]:
+        if step != best:
+            checkpoints[step].unlink()

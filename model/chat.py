@@ -1,13 +1,14 @@
-"""How does a conversation go on? Every token is read once: keys and values stay, and a turn costs its own tokens only.
+"""How does a conversation continue? Every token is read once: keys and values stay; a turn costs its own tokens only.
 
-    turn 1   <|im_start|>system ... user\n <img> 1,792 image tokens </img>\n What is the date?      read: 1,848 tokens
-             January 8, 1993.                                                                       read as they are chosen
-    turn 2   <|im_end|><|im_start|>user\n And the total?                                            read: 13 tokens
+    turn 1   <|im_start|>system ... user\\n <img> 1,792 image tokens </img>\\n What is the date?  reads 1,848 tokens
+             January 8, 1993.                                                                   read when generated
+    turn 2   <|im_end|><|im_start|>user\\n And the total?                                        reads 13 tokens
 
-The conversation is written anew for each turn, as a stateless program would; what the cache holds of it already, token by
-token and image by image, is not read again. So taking a turn back, or an answer whose text is tokenised otherwise than it
-was generated, needs no rule of its own.
+The whole conversation is written anew for each turn, as a stateless program would do; the tokens and images that the
+cache holds already are not read again. So taking a turn back needs no rule of its own, nor does an answer whose text
+has other tokens than those that were generated.
 """
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from PIL import Image
 from model.errors import InputError
 from model.generate import generate
 from model.language import KVCache
-from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation, special_id
+from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, read_image, tile_page
+from model.tokenizer import special_id
 
 
 @dataclass(eq=False)
@@ -29,8 +31,8 @@ class Picture:
     image: Image.Image
     tiles: np.ndarray                           # uint8 (n, 3, 448, 448)
     grid: tuple[int, int]                       # columns and rows of them, the thumbnail left out
-    label: str = ""                             # what the model reads before it
-    tokens: torch.Tensor | None = None          # (256 n, D), once it was seen
+    label: str = ""                             # the words before it in the prompt
+    tokens: torch.Tensor | None = None          # (256 n, D), once it is encoded
 
 
 @dataclass
@@ -41,9 +43,10 @@ class Turn:
 
 
 class Chat:
-    """A conversation with a model. `turns` are what was said, `waiting` the pictures for the next question.
+    """A conversation with a model. `turns` are the questions and answers so far, `waiting` the images for the next one.
 
-    `max_tiles`: tiles an image may be cut into, thumbnail not counted. The others are those of `generate`.
+    `max_tiles`: tiles an image may be cut into, thumbnail not counted. The others are those of `generate`. After a turn
+    `report` has the answer, its tokens and timings, and `read` the number of prompt tokens that were new.
     """
 
     def __init__(self, model, max_tiles=12, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
@@ -52,7 +55,7 @@ class Chat:
         self.clear()
 
     def clear(self):
-        """Forget everything that was said and shown."""
+        """Forget all turns and images."""
         self.turns, self.waiting, self.report, self.read = [], [], None, 0
         self.cache, self.held = KVCache(self.model.config.language, 0, self.model.device, self.model.dtype), []
 
@@ -62,17 +65,17 @@ class Chat:
         return [picture for turn in self.turns for picture in turn.pictures] + self.waiting
 
     def add_image(self, image):
-        """Show an image with the next question. `image`: Pillow image, path, or bytes of an image file. Raises InputError."""
+        """Show an image with the next question. `image`: Pillow image, path, or bytes of a file. Raises InputError."""
         self.waiting.append(self.picture(image, len(self.pictures) + 1))
 
     def add_video(self, frames):
-        """Show a video with the next question: its `frames`, Pillow images (see `extras.video.read_video`), one tile each."""
+        """Show a video with the next question: its `frames`, Pillow images, become one tile each."""
         self.waiting += [self.cut(frame, 1, f"Frame{i}: ") for i, frame in enumerate(frames, 1)]
 
     def picture(self, image, number):
         if not isinstance(image, Image.Image):
             image = read_image(image, str(image) if isinstance(image, (str, Path)) else "it")
-        # the images of the first question stand alone; later ones are numbered, as in the official multi-image prompt
+        # images of the first question have no label; later ones are numbered, as in the official multi-image prompt
         return self.cut(image, self.max_tiles, f"Image-{number}: " if self.turns else "")
 
     def cut(self, image, max_tiles, label):
@@ -87,19 +90,49 @@ class Chat:
         self.waiting = self.turns.pop().pictures + self.waiting
 
     def ask(self, question, *images, **settings):
-        """The answer to `question`, about `images` and all that was said before. See `stream`."""
+        """The answer to `question`, about `images` and the conversation before it. See `stream`."""
         return "".join(self.stream(question, *images, **settings))
 
     def stream(self, question, *images, **settings):
-        """Yield the answer's text as it comes, never half a character.
+        """Yield the answer's text as it is generated, never half a character.
 
-        `images`: as `add_image` takes them; an "<image>" in the question says where one belongs, else they come first, one
-        to a line. `settings`: max_new_tokens, temperature, top_p, seed, for this question only.
-        A generator that is closed before its end, or interrupted, leaves the answer so far in the conversation; before the
-        first token, nothing. `report` then tells what was read and answered, `read` how many tokens were new.
-        Raises InputError for an empty question, and for what the model has no positions for.
+        `images`: as `add_image` takes them; an "<image>" in the question says where one belongs, else they come first,
+        one on a line. `settings`: max_new_tokens, temperature, top_p, seed, for this question only.
+        A generator that is closed early, or interrupted, leaves the answer so far in the conversation; before the first
+        token, nothing. Raises InputError for an empty question, and for more tokens than the model has positions.
         """
         settings = self.settings | settings
+        turn, pictures, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.held, keys)))
+        same = min(same, len(keys) - 1)                 # at least one token must be read to predict the next
+        self.held, self.read = keys[:same], len(keys) - same
+        self.cache.crop(same)
+        started, first, tokens, shown = time.perf_counter(), None, [], ""
+        try:
+            for [token] in generate(self.model, [self.unread(prompt, keys, same)], image_tokens=self.look(keys[same:]),
+                                    caches=[self.cache], **settings):
+                first = first or time.perf_counter()
+                self.held = keys + tokens               # a token is read when the next one is asked for
+                tokens.append(token)
+                # tokenizers' DecodeStream shows whole characters too, but neither strips nor ends in half of one
+                text = decode(self.model, tokens)
+                if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                    yield text[len(shown):]
+                    shown = text
+            if len(text) > len(shown):
+                yield text[len(shown):]
+        finally:
+            self.cache.crop(len(self.held))             # interrupted inside a layer, it may hold part of a token
+            if tokens:
+                seconds = time.perf_counter() - first
+                turn.answer, self.waiting = decode(self.model, tokens), []
+                self.turns.append(turn)
+                speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else None
+                self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in pictures],
+                                       len(prompt.ids), first - started, speed)
+
+    def prepare(self, question, images, max_new_tokens):
+        """Write a question into the conversation -> (its turn, all pictures, prompt, keys as in `write`)."""
         if not question.strip():
             raise InputError("the question is empty; write what you want to know")
         pictures = self.pictures
@@ -110,43 +143,17 @@ class Chat:
             turn.question = "".join(f"{picture.label}{PLACEHOLDER}\n" for picture in turn.pictures) + question
         prompt, keys = self.write([*self.turns, turn], pictures)
         most = self.model.config.language.max_positions
-        if len(prompt.ids) + settings["max_new_tokens"] > most:
-            raise InputError(f"{len(prompt.ids)} tokens of prompt and {settings['max_new_tokens']} of answer exceed "
-                             f"the model's {most}; ask with fewer tiles, images or words, or for a shorter answer")
-        same = next((i for i, (old, new) in enumerate(zip(self.held, keys)) if old != new), min(len(self.held), len(keys)))
-        same = min(same, len(keys) - 1)                 # something is to be read, or nothing would be predicted
-        self.held, self.read = keys[:same], len(keys) - same
-        self.cache.crop(same)
-        started, first, tokens, shown = time.perf_counter(), None, [], ""
-        try:
-            for [token] in generate(self.model, [self.unread(prompt, keys, same)], image_tokens=self.look(keys[same:]),
-                                    caches=[self.cache], **settings):
-                first = first or time.perf_counter()
-                self.held = keys + tokens               # a token is read when the next one is asked for
-                tokens.append(token)
-                text = decode(self.model, tokens)
-                half = text.endswith("\N{REPLACEMENT CHARACTER}")       # of a character: wait for the rest of its bytes
-                if len(text) > len(shown) and not half:
-                    yield text[len(shown):]
-                    shown = text
-            if len(text) > len(shown):
-                yield text[len(shown):]
-        finally:
-            self.cache.crop(len(self.held))         # interrupted inside a layer it may hold part of a token
-            if tokens:
-                seconds = time.perf_counter() - first
-                turn.answer = decode(self.model, tokens)
-                self.turns.append(turn)
-                self.waiting = []
-                self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in pictures],
-                                       len(prompt.ids), first - started,
-                                       (len(tokens) - 1) / seconds if len(tokens) > 1 else None)
+        if len(prompt.ids) + max_new_tokens > most:
+            raise InputError(f"{len(prompt.ids)} tokens of prompt and {max_new_tokens} of answer exceed the model's "
+                             f"{most}; ask with fewer tiles, images or words, or for a shorter answer")
+        return turn, pictures, prompt, keys
 
     def write(self, turns, pictures):
-        """The prompt, and what each of its tokens is: its id or, of an image token, the picture that it shows a part of."""
+        """The prompt, and a key for each of its tokens: the id, or the picture that an image token belongs to."""
         tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
         prompt = write_conversation(tokenizer, size, [len(picture.tiles) for picture in pictures],
-                                     [(turn.question, turn.answer) for turn in turns], [len(turn.pictures) for turn in turns])
+                                    [(turn.question, turn.answer) for turn in turns],
+                                    [len(turn.pictures) for turn in turns])
         image_id = special_id(tokenizer, IMAGE_TOKEN)
         shown = iter([picture for picture in pictures for _ in range(len(picture.tiles) * size)])
         return prompt, [next(shown) if token == image_id else token for token in prompt.ids]
@@ -158,7 +165,7 @@ class Chat:
 
     @torch.inference_mode()
     def look(self, keys):
-        """Image tokens of all pictures among `keys`, (n, D); each picture is seen once."""
+        """Image tokens of all pictures among `keys`, (n, D); each picture is encoded once."""
         pictures = new_pictures(keys)
         for picture in pictures:
             if picture.tokens is None:
@@ -167,7 +174,7 @@ class Chat:
 
 
 def without_beginning(prompt, tokens):
-    """What is left of a prompt to be read when its first `tokens` are in the cache."""
+    """The rest of a prompt whose first `tokens` are in the cache."""
     return Prompt(prompt.ids[tokens:], prompt.labels[tokens:], prompt.positions[tokens:], prompt.branches[tokens:])
 
 
@@ -181,7 +188,7 @@ def decode(model, tokens):
 
 
 def describe(model, question, tokens, tiles, prompt_tokens, prefill_seconds, decode_tokens_per_second):
-    """What `infer.py --json` prints of an answer. `tiles`: of each image; `prompt_tokens`: of the whole conversation."""
+    """The JSON object of an answer. `tiles`: of each image; `prompt_tokens`: of the whole conversation."""
     return {"question": question, "answer": decode(model, tokens), "tokens": tokens, "tiles": tiles,
             "prompt_tokens": prompt_tokens, "prefill_seconds": prefill_seconds,
             "decode_tokens_per_second": decode_tokens_per_second}

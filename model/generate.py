@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from model.language import KVCache, page_mask
-from model.prompt import END, special_id
+from model.prompt import END
+from model.tokenizer import special_id
 
 
 @dataclass

@@ -15,9 +15,11 @@ from torch import nn
 
 from model import checkpoint
 from model.chat import Chat
+from model.config import Config
 from model.language import Decoder, page_mask
 from model.projector import Projector
-from model.prompt import IMAGE_TOKEN, IGNORE_INDEX, special_id
+from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
+from model.tokenizer import special_id
 from model.vision import VisionEncoder
 
 VISION_TILES = 16                       # 16,400 rows of 1024: enough to fill a large GPU, 0.3 GB of activations in bfloat16
@@ -49,25 +51,44 @@ class InternVL(nn.Module):
         self.tokenizer = None
 
     @classmethod
-    def from_pretrained(cls, name, device=None, dtype=None):
+    def from_pretrained(cls, name, device=None, dtype=None, seed=None):
         """Load a model with its tokenizer from a Hub id, a model, run or adapter folder, or a checkpoint.
 
-        `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU.
-        Raises InputError where a file is missing, truncated or not what the architecture needs.
+        `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU. `seed`: draw the
+        weights instead of reading them. Raises InputError for a file that is missing, truncated or of another model.
         """
-        return checkpoint.load(cls, name, device, dtype)
+        folder, overlays, seed = checkpoint.resolve(name, seed)
+        with torch.device("meta"):
+            model = cls(Config.read(folder / checkpoint.CONFIG))
+        return checkpoint.load(model, folder, overlays, seed, device, dtype)
 
     @classmethod
     def from_scratch(cls, name, seed=0, device=None, dtype=None):
         """Random weights, drawn from `seed`, for the configuration and tokenizer in a model folder."""
-        return checkpoint.load(cls, name, device, dtype, seed=seed)
+        return cls.from_pretrained(name, device, dtype, seed)
 
-    def save_pretrained(self, folder, layout="official"):
-        """Write a model folder: names, files, and every tensor in the dtype it was loaded in; adapters are merged.
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draw every matrix from `seed`: scaled normal, residual outputs smaller with depth. Norms are 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
 
-        `layout`: "official", or "native" for transformers' InternVLForConditionalGeneration.
-        """
-        checkpoint.save(self, folder, layout)
+        def normal(parameter, deviation):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+        for name, parameter in self.named_parameters():
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                stack = self.vision if name.startswith("vision") else self.language
+                depth = math.sqrt(2 * len(stack.blocks)) if name.endswith((".attention.out", ".mlp_down")) else 1
+                normal(module.weight, 0.8 / math.sqrt(module.weight[0].numel()) / depth)
+        normal(self.language.embedding.weight, 0.03)
+        normal(self.vision.class_token, 0.5)
+        normal(self.vision.position, 0.5)       # as large as the patches' own vectors, or place drowns in content
+
+    def save_pretrained(self, folder):
+        """Write a model folder in the official layout, each tensor in the dtype it was loaded in; adapters are merged."""
+        checkpoint.save(self, folder)
 
     def chat(self, **settings):
         """A conversation with this model: `chat.ask("What is the total?", image)`. See `Chat`."""
@@ -125,23 +146,3 @@ class InternVL(nn.Module):
         pages = [page_mask(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
         x = self.language(x, batch.positions, pages, batch.answer_index)        # (A, D)
         return self.language.lm_head(x)                                         # (A, V)
-
-
-@torch.no_grad()
-def initialise(model, seed):
-    """Draw every weight from `seed`: scaled normal, residual outputs smaller with depth, biases and scales as built."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(parameter, deviation):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
-
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            stack = model.vision if name.startswith("vision") else model.language
-            depth = math.sqrt(2 * len(stack.blocks)) if name.endswith((".attention.out", ".mlp_down")) else 1
-            normal(module.weight, 0.8 / math.sqrt(module.weight[0].numel()) / depth)
-            if module.bias is not None:
-                module.bias.zero_()
-    normal(model.language.embedding.weight, 0.03)
-    normal(model.vision.class_token, 0.5)
-    normal(model.vision.position, 0.5)      # as large as the patches' own vectors, or place drowns in content

@@ -1,30 +1,38 @@
-"""How does a large layer learn with few numbers? LoRA: its weight stays frozen, a product of two thin matrices is added.
+"""How does a large layer learn with few numbers? LoRA: its weight is frozen, a product of two thin matrices is added.
 
-    y = W x + b + alpha / rank * B A dropout(x)         A (rank, in) random, B (out, rank) zeros: nothing changes at first
-    W <- W + alpha / rank * B A                         merged: an ordinary weight again, at no cost
+    y = W x + b + alpha / rank * B A dropout(x)       A (rank, in) random, B (out, rank) zeros: nothing changes at first
+    W <- W + alpha / rank * B A                       merged: an ordinary weight again, at no cost
 
-Sources: LoRA (arXiv 2106.09685), section 4.1; which layers: the official `wrap_llm_lora`. A and B are float32
-whatever the frozen weight is.
+Adapters are also read and written in PEFT's files. Sources: LoRA (arXiv 2106.09685), section 4.1; which layers: the
+official `wrap_llm_lora` and `wrap_backbone_lora`. A and B are float32 whatever the frozen weight is.
 """
+import json
 import math
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
+from model.errors import InputError
 from model.layers import Linear
+from model.names import fuse, official_name, transformers_names
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 TARGETS = {                             # name -> which of the model's Linear layers get an adapter
-    "llm": r"language\.blocks\..*",                                         # the seven of every block of the LLM
+    "llm": r"language\.blocks\..*",                                 # the seven of every block of the LLM
     "qkv": r"language\.blocks\.\d+\.attention\.(query|key|value)",
-    "vision": r"vision\.blocks\..*",                                        # the four of every block, q, k and v as one
-    "all-linear": r"(?!language\.lm_head).*",                                  # the projector's two as well, but not the head
+    "vision": r"vision\.blocks\..*",                                # the four of every block, q, k and v as one
+    "all-linear": r"(?!language\.lm_head).*",                        # the projector's two as well, but not the head
 }
 
 
 class LoRA(nn.Module):
-    """What is added to one Linear layer's output; dropout only where the model is in training mode."""
+    """The product that is added to one Linear layer's output; dropout only in training mode."""
 
     def __init__(self, width_in, width_out, rank, alpha, dropout=0.0, device=None):
         super().__init__()
@@ -36,19 +44,19 @@ class LoRA(nn.Module):
         return self.b(self.a(F.dropout(x, self.dropout, self.training))) * self.scale
 
     def merged_delta(self):
-        """What merging adds to the weight: float32 (out, in)."""
+        """The matrix that merging adds to the weight: float32 (out, in)."""
         return self.scale * (self.b.weight.float() @ self.a.weight.float())
 
 
 def target_layers(model, targets):
-    """{name: Linear} of the layers that `targets`, names of TARGETS with commas between, describe."""
+    """{name: Linear} of the layers in `targets`, a comma-separated list of names in TARGETS."""
     pattern = "|".join(TARGETS[target] for target in targets.split(","))
     return {name: module for name, module in model.named_modules()
             if isinstance(module, Linear) and re.fullmatch(pattern, name) and ".adapter." not in name}
 
 
 def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
-    """Give every layer in `targets` an adapter that trains, on the layer's device; the layers stay as they are."""
+    """Give every layer in `targets` a trainable adapter, on the layer's device; the layers themselves do not change."""
     generator = torch.Generator().manual_seed(seed)
     for layer in target_layers(model, targets).values():
         layer.adapter = LoRA(layer.in_features, layer.out_features, rank, alpha, dropout, layer.weight.device)
@@ -59,5 +67,113 @@ def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
 
 
 def adapters(model):
-    """{name of the layer: its LoRA}."""
+    """{name of a layer: its LoRA}."""
     return {name.removesuffix(".adapter"): module for name, module in model.named_modules() if isinstance(module, LoRA)}
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+@torch.no_grad()
+def merged(model):
+    """Yield (our name, tensor) of the model without adapters: each is added to its layer's weight, in float32."""
+    added = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
+    for name, tensor in model.state_dict().items():
+        if ".adapter." not in name:
+            yield name, tensor.float() + added[name].merged_delta() if name in added else tensor
+
+
+@torch.no_grad()
+def lay_over(model, trained, scale, source):
+    """Copy `trained`, {official name: tensor}, into a model; adapters that it lacks are merged, `scale` times B A.
+
+    A copied tensor takes the dtype of the model's. Raises InputError, naming `source`, before anything is changed.
+    """
+    weights = {official_name(name): parameter for name, parameter in model.named_parameters()}
+    whole = {name: tensor for name, tensor in trained.items() if name in weights or ".lora_" not in name}
+    for name, tensor in whole.items():
+        if name not in weights or tensor.shape != weights[name].shape or not tensor.is_floating_point():
+            raise InputError(f"{source}: {name} {tuple(tensor.shape)} {tensor.dtype} is not of this model")
+    merging = match_adapters(weights, {name: trained[name] for name in trained.keys() - whole.keys()}, source)
+    for name, tensor in whole.items():
+        weights[name].copy_(tensor)
+    for weight, a, b in merging:
+        weight.copy_(weight.float() + scale * (b.float() @ a.float()).to(weight.device))
+
+
+def match_adapters(weights, adapted, source):
+    """Find the weight of each adapter -> [(weight (out, in), A (rank, in), B (out, rank))].
+
+    `weights`, `adapted`: {official name: tensor}. Raises InputError for a layer that is missing or has another shape.
+    """
+    matching = []
+    for layer in sorted({name.rpartition(".lora_")[0] for name in adapted}):
+        weight, a, b = weights.get(f"{layer}.weight"), *(adapted.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
+            raise InputError(f"{source}: the adapter of {layer} is not of this model")
+        matching.append((weight, a, b))
+    return matching
+
+
+# ----------------------------------------------------------------------------------------------------------- PEFT files
+
+def adapter_files(trained, scale, base, dropout):
+    """A run's trained tensors, {official name: tensor}, in PEFT's layout -> (tensors, value of adapter_config.json).
+
+    A projector that is trained as a whole becomes a module to save. Raises InputError for a run that trains any other
+    weights as a whole, which an adapter cannot hold, or no adapter at all.
+    """
+    ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
+    whole = [name for name in trained if ".lora_" not in name]
+    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
+    if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
+        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
+                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
+                         "write it with --format official")
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": scale * ranks[0],
+              "lora_dropout": dropout, "bias": "none",
+              "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
+              "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
+    return {PREFIX + name: tensor for name, tensor in trained.items()}, config
+
+
+def read_adapter_config(folder):
+    """Read a PEFT folder's description -> (base model, scale of B A). Raises InputError for all but plain LoRA."""
+    path = Path(folder, ADAPTER_CONFIG)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        plain = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
+        trouble = [f"{key} {config[key]!r}" for key in plain if config.get(key) not in (plain[key], None)]
+        base = config["base_model_name_or_path"]
+        if not base:
+            raise InputError(f"{path}: base_model_name_or_path is empty; write the model of the adapter there")
+        if config["peft_type"] != "LORA" or trouble:
+            raise InputError(f"{path}: {config['peft_type']} {', '.join(trouble)}; "
+                             "expected plain LoRA, one rank and alpha for all layers")
+        return base, config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    except (OSError, KeyError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not the description of an adapter ({type(error).__name__}: {error})") from error
+
+
+def load_adapter(folder, model):
+    """Merge a PEFT folder into a model, whether it was made on the official model or on transformers' own.
+
+    Tensors that it holds as a whole are copied. Raises InputError for files that cannot be read and for layers that the
+    model lacks.
+    """
+    (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
+    try:
+        found = {name.removeprefix(PREFIX).removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
+    # a model of transformers 5 has language_model.layers where all files have language_model.model.layers
+    found = {re.sub(r"^language_model\.(?!model\.|lm_head)", "language_model.model.", name): tensor
+             for name, tensor in found.items()}
+    for weight, _ in model.named_parameters():
+        layer = weight.removesuffix("weight")
+        for ours in (weight, f"{layer}adapter.a.weight", f"{layer}adapter.b.weight") if layer != weight else (weight,):
+            name, pieces = official_name(ours), transformers_names(ours)
+            tensor = found.pop(name) if name in found else fuse(ours, [found.pop(piece, None) for piece in pieces])
+            trained |= {} if tensor is None else {name: tensor}
+    if found:
+        raise InputError(f"{path}: {len(found)} tensors are not of this model, the first: {next(iter(found))}")
+    lay_over(model, trained, scale, folder)

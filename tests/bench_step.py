@@ -29,8 +29,8 @@ from data import INSTRUCTION
 
 from model import InternVL
 from extras.memory import held_gb, peak_gb, step_gb
-from model.prompt import IGNORE_INDEX, page_prompt
-from reference import randomise, reference_model, reference_pixels
+from model.prompt import IGNORE_INDEX
+from reference import page_prompt, randomise, reference_model, reference_pixels
 from train import answer_loss, choose_parts, make_optimizer
 
 ASKED = (("What is the total amount?", "$4,123.07"), ("Who signed the letter?", "W. Jones"), ("What is the date mentioned at the top?",

@@ -29,7 +29,7 @@ from data import group_rows_into_pages
 from extras.sources import open_rows
 from model import InternVL
 from model.generate import generate
-from model.prompt import page_prompt
+from model.prompt import write_page
 from extras.score import anls, exact_match
 from model.tiling import read_image, tile_page
 from model.tiny import pages
@@ -38,7 +38,7 @@ from extras.run_folder import plotting, read_lines
 
 
 def answers(model, tiles, questions):
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], questions)
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [[(q, None)] for q in questions])
     columns = zip(*generate(model, [(tiles, prompt)], 16))
     return [model.tokenizer.decode([t for t in column if t is not None], skip_special_tokens=True).strip() for column in columns]
 

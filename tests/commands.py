@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import infer
 import train
 from extras import check
-from model.errors import run
+from extras.cli import run
 
 data = SimpleNamespace(__name__="data", main=check.main)             # what `python data.py` runs
 

@@ -21,8 +21,7 @@ import transformers
 from data import PageDataset, page_blocks
 from extras.sources import open_rows
 from model import InternVL
-from model.prompt import page_prompt
-from reference import accumulate_gradients, randomise, reference_model, reference_pixels
+from reference import accumulate_gradients, page_prompt, randomise, reference_model, reference_pixels
 from train import choose_parts, make_optimizer
 
 

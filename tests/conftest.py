@@ -33,7 +33,7 @@ def receipts():
 @pytest.fixture(scope="session")
 def tokenizer():
     """The real tokenizer of InternVL2-1B."""
-    from model.checkpoint import load_tokenizer
+    from model.tokenizer import load_tokenizer
     return load_tokenizer(real("internvl2-1b"))
 
 

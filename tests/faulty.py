@@ -32,7 +32,7 @@ def main():
         os.environ |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
         import data
         import train
-        from model.errors import run
+        from extras.cli import run
         data.retry.__defaults__ = (60,)                             # seconds at the start: a stall of 1.5 is long beside 7
         sleep, shown, pages = time.sleep, [], []
         time.sleep = lambda seconds: (shown.append(seconds), sleep(min(seconds, 0.02)))         # pauses are counted, not waited

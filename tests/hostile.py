@@ -22,9 +22,10 @@ from safetensors import safe_open                                   # noqa: E402
 
 from data import PageDataset, page_blocks                               # noqa: E402
 from model import InputError, InternVL                              # noqa: E402
-from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
-from model.prompt import page_prompt                                # noqa: E402
+from model.checkpoint import TINY, load_checkpoint                  # noqa: E402
+from model.prompt import write_page                                 # noqa: E402
 from model.tiling import read_image, tile_page                      # noqa: E402
+from model.tokenizer import load_tokenizer                          # noqa: E402
 from extras.memory import peak_gb                                         # noqa: E402
 from extras.run_folder import SkipLog                                             # noqa: E402
 
@@ -208,7 +209,7 @@ def tokenizers():
 def show_tokenizer(content, folder):
     (folder / "tokenizer.json").write_bytes(content[0])
     (folder / "tokenizer_config.json").write_bytes(content[1])
-    page_prompt(load_tokenizer(folder), 64, [1], ["x" * 40 + " What?"], ["this"])
+    write_page(load_tokenizer(folder), 64, [1], [[("x" * 40 + " What?", "this")]])
 
 
 def main():

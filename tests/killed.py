@@ -20,7 +20,7 @@ from pyarrow import parquet                                         # noqa: E402
 
 import train                                                        # noqa: E402
 from extras import plots, run_folder                                # noqa: E402
-from model.errors import run                                        # noqa: E402
+from extras.cli import run                                        # noqa: E402
 
 STEPS, LONGEST = 56, 3                            # of the run; of an attempt, so that however fast, 25 do not reach the end
 PHASES = {"check_step": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 1.0}     # seconds they take, about

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from model.checkpoint import official_name
-from model.prompt import IMAGE_TOKEN, special_id
+from model.names import official_name
+from model.prompt import IMAGE_TOKEN, write_page
+from model.tokenizer import special_id
 from train import answer_loss
 
-NATIVE_NAMES = (                        # official -> native, first match, applied once
+TRANSFORMERS_NAMES = (                  # official -> transformers, first match, applied once
     (r"vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
     (r"vision_model\.embeddings\.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
     (r"vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
@@ -28,21 +29,21 @@ NATIVE_NAMES = (                        # official -> native, first match, appli
 )
 
 
-def native_tensors(official):
-    """{official name: tensor} -> {native name: tensor}; the fused qkv is cut into thirds."""
-    native = {}
+def transformers_tensors(official):
+    """{official name: tensor} -> {transformers name: tensor}; the fused qkv is cut into thirds."""
+    found = {}
     for name, tensor in official.items():
-        for pattern, replacement in NATIVE_NAMES:
+        for pattern, replacement in TRANSFORMERS_NAMES:
             renamed, count = re.subn(f"^{pattern}", replacement, name)
             if count:
                 break
         else:
             raise KeyError(name)
         if "#" in renamed:
-            native |= {renamed.replace("#", part): third for part, third in zip("qkv", tensor.chunk(3))}
+            found |= {renamed.replace("#", part): third for part, third in zip("qkv", tensor.chunk(3))}
         else:
-            native[renamed] = tensor
-    return native
+            found[renamed] = tensor
+    return found
 
 
 def reference_model(model):
@@ -64,7 +65,7 @@ def reference_model(model):
     with torch.device("meta"):
         reference = InternVLForConditionalGeneration(config)
     tensors = {official_name(name): tensor.detach() for name, tensor in model.state_dict().items()}      # shared, not copied
-    reference.load_state_dict(native_tensors(tensors), strict=True, assign=True)
+    reference.load_state_dict(transformers_tensors(tensors), strict=True, assign=True)
     reference.model.language_model.rotary_emb = Qwen2RotaryEmbedding(config.text_config)     # its buffers are not stored
     return reference.eval()
 
@@ -110,3 +111,9 @@ def accumulate_gradients(model, examples, batch_pages):
         loss.backward()
         step_loss += loss.detach()
     return step_loss
+
+
+def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_length=None):
+    """`write_page` for questions that are one branch each; no answers: all are left to the model."""
+    answers = [None] * len(questions) if answers is None else answers
+    return write_page(tokenizer, tokens_per_tile, tiles, [[turn] for turn in zip(questions, answers)], max_length)

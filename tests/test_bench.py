@@ -31,7 +31,7 @@ def test_every_ablation_has_the_same_loss(capsys, monkeypatch):
 @pytest.mark.parametrize("tiles, questions, tflop", [(13, 1, 15.81), (13, 3.87, 16.02)])
 def test_the_floor_is_the_sum_done_by_hand(tiles, questions, tflop):
     """Vision 0.724 TFLOP a tile; decoder 0.716 GFLOP a token forward and as much backward."""
-    from model.checkpoint import load_tokenizer
+    from model.tokenizer import load_tokenizer
 
     class Model:
         config, tokenizer = Config(), load_tokenizer(TINY)

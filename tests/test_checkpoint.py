@@ -1,4 +1,5 @@
 """What is saved is what was loaded, in official names; what does not fit is refused in one line."""
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT
 from hub import serve
 from model import InputError, InternVL
-from model.checkpoint import OFFICIAL_NAMES, official_name
+from model.checkpoint import atomic_replace, write_text
 from model.config import Config
+from model.names import OFFICIAL, official_name
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_the_full_model_has_the_official_637_tensors():
         start = stop
     length = len(json.dumps(header, separators=(",", ":")))
     assert 8 + length + -length % 8 + start == 1_876_395_376
-    assert len(set(OFFICIAL_NAMES.values())) == len(OFFICIAL_NAMES)
+    assert len(set(OFFICIAL.values())) == len(OFFICIAL)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -108,7 +110,7 @@ def set_config(folder, **values):
     ("not JSON", lambda f: (f / "config.json").write_text("{")),
     ("not an InternVL2 config", lambda f: (f / "config.json").write_text('{"model_type": "bert"}')),
     ("not an InternVL2 config", lambda f: (f / "config.json").write_text("[1]")),
-    ("architectures is 'InternLM2ForCausalLM', expected 'Qwen2", lambda f: set_config(f, llm_config__architectures=["InternLM2ForCausalLM"])),
+    (r"architectures is \['InternLM2ForCausalLM'\], expected \['Qwen2", lambda f: set_config(f, llm_config__architectures=["InternLM2ForCausalLM"])),
     ("template is 'phi3-chat', expected 'Hermes-2'", lambda f: set_config(f, template="phi3-chat")),
     ("qk_normalization is True", lambda f: set_config(f, vision_config__qk_normalization=True)),
     ("model.safetensors: not found", lambda f: (f / "model.safetensors").unlink()),
@@ -145,3 +147,47 @@ def test_a_model_comes_from_the_hub_and_then_from_its_cache(folder, tmp_path):
     assert offline.stdout == "65\n", offline.stderr
     nothing = python(code, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "empty"))
     assert "the Hub cannot be reached and the model is not in the cache" in nothing.stderr
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+    with pytest.raises(OSError, match="disk full"):
+        with atomic_replace(path) as beside:
+            beside.write_text("ne")
+            raise OSError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_random_weights_come_from_the_seed_alone():
+    torch.manual_seed(5)
+    model = InternVL.from_scratch("tiny", seed=3, device="cpu")
+    torch.manual_seed(6)
+    again, other = InternVL.from_scratch("tiny", seed=3, device="cpu"), InternVL.from_scratch("tiny", seed=4, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    for name, tensor in model.named_parameters():
+        if tensor.ndim > 1:
+            assert 0.5 < tensor.std() / other.get_parameter(name).std() < 2 and not torch.equal(tensor, other.get_parameter(name))
+        else:                                                           # biases, norms, layer scale
+            assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+    assert digest[:16] == "9c2a0a49eca01dea"                                      # the same draws in every version of this code
+
+
+def test_a_model_that_no_memory_holds_is_refused(folder):
+    set_config(folder, llm_config__num_hidden_layers=1000, llm_config__intermediate_size=1_000_000, llm_config__hidden_size=65_536,
+               llm_config__num_attention_heads=64, llm_config__num_key_value_heads=32)
+    with pytest.raises(InputError, match="GB of weights, this machine has"):
+        InternVL.from_scratch(folder, device="cpu")
+
+
+@pytest.mark.parametrize("key, value", [("llm_config__num_hidden_layers", 10 ** 9), ("llm_config__vocab_size", 10 ** 400), ("downsample_ratio", float("nan")),
+    ("downsample_ratio", -0.5), ("vision_config__hidden_size", 64.5), ("vision_config__num_attention_heads", True), ("llm_config__rope_theta", float("inf")),
+    ("llm_config__hidden_size", 0), ("vision_config__patch_size", 7), ("llm_config__num_key_value_heads", "2"), ("downsample_ratio", 0)])
+def test_absurd_numbers_in_a_configuration_are_one_line(folder, key, value):
+    set_config(folder, **{key: value})
+    with pytest.raises(InputError, match="config.json: not an InternVL2 config") as refused:
+        InternVL.from_pretrained(folder, "cpu")
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)

@@ -13,10 +13,10 @@ from PIL import Image, ImageChops, ImageStat
 import draw_explain
 from commands import call, infer, refuses
 from conftest import ROOT
-from reference import all_logits
+from reference import all_logits, page_prompt
 from model import InternVL
 from extras.explain import explain, follow
-from model.prompt import IGNORE_INDEX, page_prompt
+from model.prompt import IGNORE_INDEX
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
 

@@ -7,10 +7,10 @@ import torch
 from conftest import SHARED, real
 from model import InternVL
 from model.generate import generate, sample
-from model.prompt import write_conversation, page_prompt
+from model.prompt import write_conversation
 from model.tiling import read_image, tile_page
 from model.tiny.pages import SHAPES, draw_page
-from reference import all_logits, reference_model, reference_pixels
+from reference import all_logits, page_prompt, reference_model, reference_pixels
 
 
 def answers(model, pages, count, **sampling):

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from conftest import real
 from data import PageDataset, group_rows_into_pages
 from extras.sources import open_rows
-from model.prompt import page_prompt
-from reference import accumulate_gradients, all_logits, loss_of, reference_model, reference_pixels
+from reference import accumulate_gradients, all_logits, loss_of, page_prompt, reference_model, reference_pixels
 from small_data import mixed_rows
 from train import choose_parts, make_optimizer
 

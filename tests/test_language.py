@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from model.checkpoint import official_name
+from model.names import official_name
 from model.config import LanguageConfig
 from model.language import KVCache, Decoder, page_mask
 

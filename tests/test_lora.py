@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 
 from data import PageDataset, group_rows_into_pages
 from model import InputError, InternVL
-from model.checkpoint import load_checkpoint, merged, save_checkpoint
-from model.lora import TARGETS, add_adapters, adapters, target_layers
+from extras.run_folder import restore_checkpoint, save_checkpoint
+from model.checkpoint import load_checkpoint
+from model.lora import TARGETS, add_adapters, adapters, merged, target_layers
 from reference import reference_model, reference_pixels
 from small_data import mixed_rows
 from reference import accumulate_gradients
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_adapters_is_merged_where_there_are_none_and_restored_wh
     add_adapters(fresh, rank=4, alpha=8, seed=9)
     choose_parts(fresh, "lora")
     again = make_optimizer(fresh, Namespace(**SETTINGS))
-    load_checkpoint(tmp_path / "run" / "step-1.safetensors", fresh, again)
+    assert restore_checkpoint(tmp_path / "run" / "step-1.safetensors", fresh, again) == {"step": 1}
     assert all(torch.equal(a, b) for a, b in zip(adapted.state_dict().values(), fresh.state_dict().values()))
     assert all(torch.equal(again.state[b][key], optimizer.state[a][key])
                for a, b in zip(adapted.parameters(), fresh.parameters()) if a.requires_grad for key in ("exp_avg", "exp_avg_sq", "step"))

@@ -24,11 +24,13 @@ from data import MOST_QUESTIONS, page_blocks
 from extras import evaluate, plots, run_folder
 from extras.sources import open_rows
 from model import InputError, InternVL, network
-from model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from extras.run_folder import restore_checkpoint, save_checkpoint
+from model.checkpoint import latest_checkpoint
 from model.images import load_image
-from model.prompt import IGNORE_INDEX, page_prompt
+from model.prompt import IGNORE_INDEX
 from model.tiling import choose_grid, read_image, tile_page
 from model.tiny import pages
+from reference import page_prompt
 from small_data import mixed_rows, write_split
 
 TIMES = ("questions_per_second", "data_wait", "peak_gb")
@@ -114,7 +116,7 @@ def test_going_on_at_page_50000_draws_no_page_before_it(fit, monkeypatch):
     model.projector.requires_grad_(True)
     optimizer = train.make_optimizer(model, argparse.Namespace(lr=1.0, weight_decay=0, beta2=0.999, device="cpu"))
     path = latest_checkpoint(run)
-    state = load_checkpoint(path, model, optimizer) | dict(zip(("epoch", "block", "index"), before.resume))
+    state = restore_checkpoint(path, model, optimizer) | dict(zip(("epoch", "block", "index"), before.resume))
     save_checkpoint(path, model, optimizer, state)
     (run / "model.safetensors").unlink()
     drawn, used = [], []
@@ -191,7 +193,7 @@ def test_a_signal_while_saving_waits_for_the_checkpoint(fit, monkeypatch):
 
 
 def test_a_second_signal_ends_the_run_at_once(tmp_path):
-    code = ("import os, signal, sys, train; from model.errors import run\n"
+    code = ("import os, signal, sys, train; from extras.cli import run\n"
             "train.check_step = lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]\n"
             f"sys.argv = ['train.py', '--tiny', '--steps', '2', '--eval-every', '0', '--out', {str(tmp_path / 'run')!r}]; run(train.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from model.checkpoint import TINY, load_tokenizer
+from model.checkpoint import TINY
+from model.tokenizer import load_tokenizer
 from model.tiling import choose_grid, tile_page
 from model.tiny import tokenizer as maker
 from model.tiny.pages import DOMAINS, FIELDS, LOOSE, READ, SHAPES, SyntheticRows, draw_page, glyph, held_out

@@ -17,7 +17,8 @@ from data import group_rows_into_pages
 from extras import evaluate
 from hub import serve
 from model import InternVL
-from model.checkpoint import TINY, official_name
+from model.checkpoint import TINY
+from model.names import official_name
 from model.tiny.pages import draw_page
 from reference import loss_of
 from small_data import mixed_rows, write_dataset, write_split

@@ -22,11 +22,12 @@ def test_it_is_what_the_prompt_holds():
     import numpy as np
     from PIL import Image
 
-    from model.checkpoint import TINY, load_tokenizer
-    from model.prompt import page_prompt
+    from model.checkpoint import TINY
+    from model.prompt import write_page
     from model.tiling import tile_page
+    from model.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(TINY)
-    bare = len(page_prompt(tokenizer, 256, [0], [])[0].ids)                     # with <img></img>, without a tile
+    bare = len(write_page(tokenizer, 256, [0], [])[0].ids)                     # with <img></img>, without a tile
     for size in ((400, 400), (1000, 700), (300, 900), (900, 910)):
         tiles = tile_page(Image.fromarray(np.zeros(size[::-1], np.uint8)))
-        assert page_tokens(*size) == len(page_prompt(tokenizer, 256, [len(tiles)], [])[0].ids) - bare + 2
+        assert page_tokens(*size) == len(write_page(tokenizer, 256, [len(tiles)], [])[0].ids) - bare + 2

@@ -14,10 +14,11 @@ def learned(tokens):
 
 
 def test_it_is_what_the_prompt_learns():
-    from model.checkpoint import TINY, load_tokenizer
-    from model.prompt import IGNORE_INDEX, page_prompt
+    from model.checkpoint import TINY
+    from model.prompt import IGNORE_INDEX, write_page
+    from model.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(TINY)
     for questions, answers in ((["What is the total?"], ["$41.07"]), (["A?", "What is the date?", "C"], ["1", "03/11/98", "assistant"])):
-        prompt, _ = page_prompt(tokenizer, 4, [2], questions, answers)
+        prompt, _ = write_page(tokenizer, 4, [2], [[turn] for turn in zip(questions, answers)])
         tokens = [tokenizer.decode([i]) for i in prompt.ids]
         assert learned(tokens) == [label != IGNORE_INDEX for label in prompt.labels]

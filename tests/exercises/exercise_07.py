@@ -23,14 +23,14 @@ def test_the_answer_is_right():
 
     from model import InternVL
     from model.generate import generate
-    from model.prompt import page_prompt
+    from model.prompt import write_page
     from model.tiling import tile_page
     from model.tiny.pages import draw_page
     model = InternVL.from_pretrained("tiny", "cpu")
     page, questions = draw_page(random.Random("test 0"))
     tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
     for question, truth in questions:
-        prompt, _ = page_prompt(model.tokenizer, 64, [len(tiles)], [question])
+        prompt, _ = write_page(model.tokenizer, 64, [len(tiles)], [[(question, None)]])
         tokens = answer(model, tiles, prompt)
         assert tokens == [step[0] for step in generate(model, [(tiles, prompt)], 16)]
         assert model.tokenizer.decode(tokens, skip_special_tokens=True) == truth

@@ -18,7 +18,7 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
     import random
 
     from model import InternVL
-    from model.prompt import page_prompt
+    from model.prompt import write_page
     from model.tiling import tile_page
     from model.tiny.pages import draw_page
     from reference import accumulate_gradients
@@ -34,7 +34,7 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
         page, asked = draw_page(random.Random(i), "negative", unseen=i < 2)     # two of them ask for a whole page: many tokens
         tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
         asked = asked if i % 2 else asked[:1]
-        examples.append(Example(tiles, page_prompt(model.tokenizer, 64, [len(tiles)], *zip(*asked))[0]))
+        examples.append(Example(tiles, write_page(model.tokenizer, 64, [len(tiles)], [[turn] for turn in asked])[0]))
 
     def gradient(accumulate, batch_pages):
         model.zero_grad()

@@ -27,7 +27,7 @@ def test_it_learns():
     import torch
 
     from model import InternVL
-    from model.prompt import page_prompt
+    from model.prompt import write_page
     from model.tiling import tile_page
     from model.tiny.pages import SHAPES, draw_page
     from train import answer_loss
@@ -40,7 +40,7 @@ def test_it_learns():
         pages, tokens = [], 0
         for i in range(8):
             page, asked = draw_page(random.Random(f"exercise {step} {i}"), shape=SHAPES[0])
-            prompt, _ = page_prompt(model.tokenizer, 64, [1], *zip(*asked))
+            prompt, _ = write_page(model.tokenizer, 64, [1], [[turn] for turn in asked])
             tokens += sum(label >= 0 for label in prompt.labels)
             pages.append((torch.from_numpy(tile_page(page, tile_pixels=128)), prompt))
         batch = model.pack(pages)

@@ -14,13 +14,14 @@ from commands import call, refuses, train
 from conftest import real
 from data import PageDataset, group_rows_into_pages
 from model import InputError, InternVL
-from model.checkpoint import TINY, official_name
+from extras.export import transformers_files
+from model.checkpoint import TINY
 from model.config import Config
 from model.generate import generate
-from model.layouts import native_files, native_names
-from model.prompt import IMAGE_TOKEN, page_prompt
+from model.names import official_name
+from model.prompt import IMAGE_TOKEN
 from model.tiling import read_image, tile_page
-from reference import native_tensors, reference_model, reference_pixels
+from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
 from small_data import mixed_rows
 from test_lora import LLM_LEAVES, example, logits
 
@@ -90,12 +91,13 @@ def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, e
     assert our_answers(InternVL.from_pretrained(adapter, "cpu")) == answers
 
 
-def test_the_native_folder_opens_in_transformers_and_answers_the_same(make_run, export):
-    folder = export(make_run(*RUN), "native")
+@pytest.mark.parametrize("layout", ["transformers", "native"])           # two names of one layout
+def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make_run, export, layout):
+    folder = export(make_run(*RUN), layout)
     model = InternVL.from_pretrained(folder.parent / "run", "cpu")
     theirs, info = InternVLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    expected = native_tensors({official_name(name): tensor for name, tensor in model.state_dict().items()})
+    expected = transformers_tensors({official_name(name): tensor for name, tensor in model.state_dict().items()})
     assert theirs.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
     tokenizer, processor = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
@@ -174,7 +176,7 @@ def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
         theirs = peft.eval()(input_ids=torch.tensor([page.prompt.ids]), pixel_values=reference_pixels(page.tiles)).logits[0, :-1]
     assert (ours - theirs[torch.tensor(page.prompt.labels[1:]) >= 0]).abs().max() < 1e-4      # of logits up to 12
     assert (ours - logits(tiny, page)).abs().max() > 0.1
-    merged = native_tensors({official_name(name): tensor for name, tensor in model.state_dict().items()})
+    merged = transformers_tensors({official_name(name): tensor for name, tensor in model.state_dict().items()})
     assert all((tensor - merged[name]).abs().max() < 1e-6 for name, tensor in peft.merge_and_unload().state_dict().items())
 
 
@@ -203,17 +205,17 @@ def test_what_is_no_adapter_is_not_exported_as_one(make_run, tmp_path, capsys, m
     assert "write it with --format official" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "out", "--format", "peft")
 
 
-def test_the_native_files_of_internvl2_1b_describe_its_shape_and_its_tokens(tokenizer, tmp_path):
+def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_tokens(tokenizer, tmp_path):
     with torch.device("meta"):
         model = InternVL(Config())
     model.tokenizer, model.folder = tokenizer, real("internvl2-1b")
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"):
         shutil.copyfile(model.folder / name, tmp_path / name)
-    for name, value in native_files(model).items():
+    for name, value in transformers_files(model).items():
         (tmp_path / name).write_text(value if isinstance(value, str) else json.dumps(value))
     with torch.device("meta"):
-        native = InternVLForConditionalGeneration(InternVLConfig.from_pretrained(tmp_path))
-    assert len(native.state_dict()) == 733 and sum(p.numel() for p in native.parameters()) == 938_158_976      # as published
+        theirs = InternVLForConditionalGeneration(InternVLConfig.from_pretrained(tmp_path))
+    assert len(theirs.state_dict()) == 733 and sum(p.numel() for p in theirs.parameters()) == 938_158_976      # as published
     again = Qwen2Tokenizer.from_pretrained(tmp_path)
     text = again.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "总金额 What?"}]}],
                                      tokenize=False, add_generation_prompt=True)
@@ -235,9 +237,3 @@ def test_an_export_carries_a_model_card_and_goes_to_the_hub(tmp_path, capsys, mo
         raise OSError("no route to host")
     monkeypatch.setattr(HfApi, "create_repo", offline)
     assert "me/mine: cannot be uploaded (no route to host)" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "again", "--push-to-hub", "me/mine")
-
-
-def test_native_names_are_one_or_three():
-    assert native_names("vision_model.encoder.layers.7.attn.qkv.bias")[1] == "vision_tower.encoder.layer.7.attention.k_proj.bias"
-    assert native_names("mlp1.3.weight") == ["multi_modal_projector.linear_2.weight"]
-    assert native_names("language_model.lm_head.weight") == ["language_model.lm_head.weight"]

@@ -1,0 +1,66 @@
+"""What do all commands share? A parser with errors of one line, checked number types, exit codes without tracebacks."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from model.errors import InputError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line, with exit status 2; flags cannot be abbreviated."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def run(main):
+    """Call `main()`. An InputError ends the program with its line on standard error and exit status 2."""
+    try:
+        try:
+            main()
+        finally:
+            print(end="", flush=True)   # here, not when Python ends: the reader of a pipe may be gone
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)                   # as a shell reports a program ended by Ctrl-C
+    except BrokenPipeError:             # as in `... | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # for what Python flushes when it ends
+        sys.exit(141)                   # as a shell reports a program ended by SIGPIPE
+
+
+def int_in(smallest, largest=2 ** 63 - 1):
+    """An argument type: an integer in this range."""
+    return lambda text: in_range(int(text), smallest, largest)
+
+
+def float_in(smallest, largest):
+    """An argument type: a number in this range."""
+    return lambda text: in_range(float(text), smallest, largest)
+
+
+def in_range(value, smallest, largest):
+    if not smallest <= value <= largest:
+        raise argparse.ArgumentTypeError(f"{value} is not between {smallest} and {largest}")
+    return value
+
+
+def names_in(choices, what, more=""):
+    """An argument type: names of `choices`, comma-separated. `what` they are, and what `more` is allowed, for the message."""
+    def check(text):
+        for name in text.split(","):
+            if name not in choices:
+                expected = ", ".join((*choices, more) if more else choices)
+                raise argparse.ArgumentTypeError(f"{name!r} is not a {what}; expected {expected}")
+        return text
+    return check
+
+
+def add_switch(group, flag, help, default=False):
+    """--flag and --no-flag."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help)

@@ -32,9 +32,9 @@ from model import InputError
 from model.checkpoint import CONFIG, find, load_tokenizer
 from model.config import Config
 from model.errors import OneLineParser, run, int_in
-from model.network import fetch
+from model.images import compressed, image_size, load_image
 from model.prompt import INSTRUCTION, Prompt, write_page
-from model.tiling import choose_grid, compressed, image_size, read_image, tile_page
+from model.tiling import choose_grid, tile_page
 
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 SHUFFLE_PAGES = 512                     # pages among which the next one is drawn: about 100 MB of undecoded scans
@@ -382,15 +382,6 @@ class PageDataset(Dataset):
             columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
         return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
-
-
-def load_image(source, allow_private=False):
-    """A Pillow image from a file's bytes (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
-    if not isinstance(source, str):
-        return read_image(source)
-    if source.startswith(("http://", "https://")):
-        return read_image(fetch(source, allow_private), source)
-    return read_image(source, source)
 
 
 def leave_signals_to_the_parent(_):

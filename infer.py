@@ -33,7 +33,7 @@ from model import InputError, InternVL
 from model.errors import OneLineParser, float_in, run, int_in
 from model.generate import generate
 from model.prompt import clean
-from model.tiling import read_image
+from model.images import read_image
 
 PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from extras.pictures import draw_tiles
 from model.errors import InputError
-from model.tiling import read_image
+from model.images import read_image
 
 UPLOAD_BYTES, QUESTION_BYTES = 50_000_000, 200_000      # largest image and question that are taken
 CHATS = 16                                              # conversations kept; the oldest is forgotten for a new one

@@ -20,7 +20,8 @@ from model.errors import InputError
 from model.generate import generate
 from model.language import KVCache
 from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation, special_id
-from model.tiling import choose_grid, read_image, tile_page
+from model.images import read_image
+from model.tiling import choose_grid, tile_page
 
 
 @dataclass(eq=False)

@@ -1,19 +1,13 @@
-"""What happens when the network fails or lies? Trouble is told and tried again, for a stated time; fetching has limits.
+"""What happens when the network fails? Retries with exponential backoff, for a stated time.
 
-Used where files or rows come from the Hub (`retry`, `Backoff`) and where an image is named by an address (`fetch`).
+Used where files or rows come from the Hub. An image's address is fetched by model/images.py, with limits of its own.
 """
-import http.client
-import ipaddress
-import queue
-import threading
 import time
-import urllib.request
 
-from model.errors import InputError, warn
+from model.errors import warn
 
 AT_START = 7                                    # seconds of trouble before anything was reached: somebody is watching
 LONGEST_PAUSE = 60                              # seconds between two tries
-FETCH_SECONDS, FETCH_BYTES = 20, 50_000_000     # longest time and largest size of what is behind an address
 
 
 def is_transient(error):
@@ -64,67 +58,3 @@ def retry(call, seconds=AT_START):
         except Exception as error:              # which classes a Hub library raises differs between its releases
             if not is_transient(error) or not patience.wait(error):
                 raise
-
-
-# -------------------------------------------------------------------------------------------------------------- addresses
-
-class Guarded:
-    """A connection that refuses a peer in a private network: an address, or a redirect, must not reach what only we can."""
-
-    def connect(self):
-        super().connect()
-        peer = ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0])
-        peer = getattr(peer, "ipv4_mapped", None) or peer
-        if not peer.is_global or peer.is_multicast:
-            self.close()
-            raise OSError(f"{self.host} is {peer}, an address of a private network; --allow-private lets it be fetched")
-
-
-class GuardedHTTP(Guarded, http.client.HTTPConnection):
-    pass
-
-
-class GuardedHTTPS(Guarded, http.client.HTTPSConnection):
-    pass
-
-
-def opener(allow_private):
-    """Opens http and https addresses and their redirects, nothing else (no ftp, no file)."""
-    class HTTP(urllib.request.HTTPHandler):
-        def http_open(self, request):
-            return self.do_open(http.client.HTTPConnection if allow_private else GuardedHTTP, request)
-
-    class HTTPS(urllib.request.HTTPSHandler):
-        def https_open(self, request):
-            return self.do_open(http.client.HTTPSConnection if allow_private else GuardedHTTPS, request)
-
-    director = urllib.request.OpenerDirector()
-    for handler in (HTTP, HTTPS, urllib.request.ProxyHandler, urllib.request.HTTPRedirectHandler, urllib.request.UnknownHandler,
-                    urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler):
-        director.add_handler(handler())
-    return director
-
-
-def fetch(address, allow_private=False):
-    """The bytes behind an http(s) address. Raises InputError for what fails, is too large, too slow or private."""
-    answer = queue.Queue()
-
-    def work():
-        try:
-            with opener(allow_private).open(address, timeout=FETCH_SECONDS) as response:
-                answer.put(response.read(FETCH_BYTES + 1))
-        except Exception as error:              # told by the thread that waits
-            answer.put(error)
-
-    threading.Thread(target=work, daemon=True).start()      # its time is bounded as a whole, whatever drips in byte by byte
-    try:
-        data = answer.get(timeout=FETCH_SECONDS)
-    except queue.Empty:
-        raise InputError(f"{address}: cannot be fetched (not whole after {FETCH_SECONDS} seconds)") from None
-    if isinstance(data, (OSError, ValueError, http.client.HTTPException)):
-        raise InputError(f"{address}: cannot be fetched ({data})") from data
-    if isinstance(data, Exception):
-        raise data
-    if len(data) > FETCH_BYTES:
-        raise InputError(f"{address}: more than {FETCH_BYTES:,} bytes; expected an image")
-    return data

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import PageDataset, Page
 from model import InternVL
-from model.tiling import choose_grid, read_image
+from model.images import read_image
+from model.tiling import choose_grid
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 

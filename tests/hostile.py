@@ -23,7 +23,8 @@ from data import PageDataset, PageStream                               # noqa: E
 from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint, load_tokenizer  # noqa: E402
 from model.prompt import page_prompt                                # noqa: E402
-from model.tiling import read_image, tile_page                      # noqa: E402
+from model.images import read_image                      # noqa: E402
+from model.tiling import tile_page                      # noqa: E402
 from extras.memory import peak_gb                                         # noqa: E402
 from extras.run_folder import SkipLog                                             # noqa: E402
 

@@ -12,7 +12,8 @@ from conftest import ROOT
 from data import INSTRUCTION, PageDataset, Page, PageStream, count_rows, group_rows_into_pages, load_examples, open_rows, shuffled
 from hub import serve
 from model import InputError
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from small_data import mixed_rows, page_rows, write_dataset, write_split
 
 

@@ -19,7 +19,8 @@ from model.config import Config
 from model.generate import generate
 from model.layouts import native_files, native_names
 from model.prompt import IMAGE_TOKEN, page_prompt
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from reference import native_tensors, reference_model, reference_pixels
 from small_data import mixed_rows
 from test_lora import LLM_LEAVES, example, logits

@@ -20,22 +20,19 @@ import sys
 from pathlib import Path
 
 from data import PageDataset, group_rows_into_pages, load_examples, load_image, open_rows
-from extras.chat_cli import SETTINGS, answer_one, converse, tell
+from extras.chat_cli import SETTINGS, ChatShell, answer_one
 from extras.explain import explain
 from extras.int8 import to_int8
 from extras.many import answer_many, folder_questions, go_on, read_questions
 from extras.pictures import draw_attention, draw_tiles, save_picture
 from extras.score import SCORES
 from extras.split import evaluate
-from extras.video import read_video
-from extras.web import Server
+from extras.video import load_images, read_video
+from extras.web import serve
 from model import InputError, InternVL
 from model.errors import OneLineParser, float_in, run, int_in
 from model.generate import generate
 from model.prompt import clean
-from model.images import read_image
-
-PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
 
 
 # -------------------------------------------------------------------------------------------------------------- arguments
@@ -144,29 +141,6 @@ def rules(flags):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- images
-
-def load_images(source, allow_private=False):
-    """The Pillow images behind a path, an address, - for standard input, or a PDF's pages. Raises InputError."""
-    if source == "-":
-        return [read_image(sys.stdin.buffer.read(), "standard input")]
-    path, _, number = source.rpartition("#") if re.search(r"\.pdf#\d+$", source, re.IGNORECASE) else (source, "", "")
-    if "://" in source or not path.lower().endswith(".pdf"):
-        return [load_image(source, allow_private)]
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise InputError(f"{source}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
-    try:
-        with pypdfium2.PdfDocument(path) as document:
-            pages = [int(number) - 1] if number else range(len(document))
-            if len(pages) > PDF_PAGES:
-                raise InputError(f"{source}: {len(pages)} pages, at most {PDF_PAGES} at once; choose one with {source}#1")
-            return [document[page].render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
-    except (OSError, IndexError, pypdfium2.PdfiumError) as error:
-        raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------- answers
 
 def generate_with(model, arguments):
@@ -214,16 +188,16 @@ def print_scores(answers, table, settings):
         print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))
 
 
-def talk(model, arguments, images, frames, settings, load):
+def talk(model, arguments, images, frames, settings):
     """A chat about the images and frames, or one QUESTION, with the pictures of --show and --attend."""
     chat = model.chat(**settings)
     for image in images:
         chat.add_image(image)
     chat.add_video(frames)
     if arguments.show:
-        save_picture(draw_tiles(chat, chat.pictures[0]), arguments.show)
+        save_picture(draw_tiles(chat.pictures[:1], model.config.tokens_per_tile), arguments.show)
     if arguments.question is None:
-        return converse(chat, load, arguments.json)
+        return ChatShell(chat, arguments.allow_private, arguments.json).run()
     answer_one(chat, arguments.question, arguments.json)
     if arguments.attend:
         save_picture(draw_attention(chat), arguments.attend)
@@ -238,15 +212,6 @@ def explain_to(path, model, image, question, settings):
         raise InputError(f"{path}: cannot be written ({error.strerror}); expected a name like out.html "
                          "in a folder that exists") from error
     print(answer)
-
-
-def browse(model, port, settings):
-    try:
-        server = Server(model, port, **settings)
-    except OSError as error:
-        raise InputError(f"--port {port}: cannot be listened on ({error}); give another one, or 0 for a free one") from error
-    tell(f"http://127.0.0.1:{server.server_port}   Ctrl-C ends")
-    server.serve_forever()
 
 
 def main():
@@ -269,11 +234,11 @@ def main():
     elif many is not None:
         answer_file(model, arguments, many, load)
     elif arguments.web:
-        browse(model, arguments.port, settings)
+        serve(model, arguments.port, settings)
     elif arguments.explain:
         explain_to(arguments.explain, model, images[0], arguments.question, settings)
     else:
-        talk(model, arguments, images, frames, settings, load)
+        talk(model, arguments, images, frames, settings)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ belongs; without any, the images come first, one to a line.
 import functools
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
-from data import PageDataset, group_rows_into_pages, load_examples, load_image, open_rows
+from data import PageDataset, group_rows_into_pages, load_examples, open_rows
 from extras.chat_cli import SETTINGS, ChatShell, answer_one
 from extras.explain import explain
 from extras.int8 import to_int8

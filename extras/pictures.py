@@ -23,6 +23,7 @@ from model.tiling import choose_grid
 # one palette for all pictures: fills for tokens of the prefix, of images, of plain text and in the loss; then lines
 PREFIX, IMAGE, TEXT, LOSS = "#c9dcf2", "#fde3ae", "#f2f2f2", "#c8e9c8"
 RIGHT, WRONG, GRAY = "#2e8b3d", "#d03030", "#555555"
+FONT, MONO = "DejaVu Sans, system-ui, sans-serif", "DejaVu Sans Mono, monospace"        # as matplotlib, if it is there
 EDGE = 24                               # pixels around a tile of 128, more around larger ones
 
 

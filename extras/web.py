@@ -1,4 +1,4 @@
-"""How is a conversation held in a browser? On a page made by gradio (pip install gradio), served to this machine alone."""
+"""How is a conversation held in a browser? On a page made by gradio (pip install gradio), for this machine alone."""
 import contextlib
 import os
 import signal
@@ -22,7 +22,7 @@ class Conversations:
         self.model, self.settings, self.chats, self.lock = model, settings, {}, threading.Lock()
 
     def chat(self, session, length):
-        """The session's chat as it was when its history in the browser had this length: undo, retry and clear shorten it."""
+        """The session's chat as it was when the browser's history had this length; undo, retry and clear shorten it."""
         while len(self.chats) >= CHATS and session not in self.chats:
             del self.chats[next(iter(self.chats))]
         chat, past = self.chats.setdefault(session, (self.model.chat(**self.settings), []))
@@ -52,7 +52,7 @@ class Conversations:
 
 
 def serve(model, port, settings):
-    """Serve a page for questions to a model at http://127.0.0.1:port until Ctrl-C; port 0: a free one. Raises InputError.
+    """Serve the page at http://127.0.0.1:port until Ctrl-C; port 0: a free one. Raises InputError.
 
     `settings`: of `model.chat`. Nothing is sent anywhere else; uploaded files are deleted at the end.
     """
@@ -83,14 +83,14 @@ def launch(conversations, port, folder):
         raise InputError("--web needs the package gradio: pip install gradio") from error
 
     def respond(message, history, request: gradio.Request):
-        files = [file if isinstance(file, str) else file["path"] for file in message["files"]]      # retry gives objects
+        files = [file if isinstance(file, str) else file["path"] for file in message["files"]]  # after retry: objects
         for text, notes, tiles in conversations.answer(request.session_hash, len(history), message["text"], files):
-            note = {"role": "assistant", "content": gradio.Image(tiles) if tiles else "", "metadata": {"title": notes}}
-            yield [text, note] if notes else text
+            content = gradio.Image(tiles) if tiles else ""
+            yield [text, {"role": "assistant", "content": content, "metadata": {"title": notes}}] if notes else text
 
     page = gradio.ChatInterface(
         respond, multimodal=True, title="Ask a page", analytics_enabled=False, api_visibility="private",
-        chatbot=gradio.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], height="70vh", label="Conversation"),
+        chatbot=gradio.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], height="70vh"),
         textbox=gradio.MultimodalTextbox(file_types=["image", ".pdf"], file_count="multiple", stop_btn=True,
                                          placeholder="A question, with images dropped here"))
     page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
@@ -101,7 +101,7 @@ def launch(conversations, port, folder):
 
 
 def own_page_only(port):
-    """Middleware: no other page in the browser may ask in its visitor's name, and this page may ask no other server."""
+    """Middleware: no other page may ask in its visitor's name, and this page may reach no other server."""
     from starlette.responses import PlainTextResponse
     names = [f"127.0.0.1:{port}", f"localhost:{port}"]
 

@@ -134,7 +134,7 @@ def connect(url, allow_private, deadline):
     for *_, place in socket.getaddrinfo(url.hostname, url.port or (443 if secure else 80), type=socket.SOCK_STREAM):
         peer = ipaddress.ip_address(place[0].partition("%")[0])
         if not (allow_private or is_public(peer)):
-            raise OSError(f"{url.hostname} is {peer}, an address of a private network; --allow-private allows it")
+            raise OSError(f"{url.hostname} is {peer}, an address of a private network; --allow-private lets it in")
         try:
             sock = socket.create_connection(place[:2], deadline - time.monotonic())
             return ssl.create_default_context().wrap_socket(sock, server_hostname=url.hostname) if secure else sock

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from data import PageDataset, PageStream, count_rows, group_rows_into_pages, gro
 from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
+from extras.pictures import draw_tiles
 from model.prompt import write_conversation
 from model.images import read_image
-from model.tiling import tile_page
+from model.tiling import choose_grid, tile_page
 from model.tiny.pages import draw_page
 
 
@@ -333,13 +335,14 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
     n = len(example.tiles)
-    assert f"tiles: {picture}" in out and Image.open(picture).size == (n * 136 - 8, 128)
+    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*read_image(page.images[0]).size, 12, 128))
+    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], 64).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
     assert f"<IMG_CONTEXT> x {n * 64}" in out
-    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} learned"
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"

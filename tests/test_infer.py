@@ -10,8 +10,10 @@ from PIL import Image
 
 from commands import call, infer, refuses
 from data import group_rows_into_pages
+from extras.video import load_images
 from model.chat import decode
 from model.generate import generate
+from model.images import load_image
 from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
@@ -46,7 +48,7 @@ def ask(folder, capsys, monkeypatch):
 def test_json_says_what_was_read_and_answered(ask, page, tiny):
     result = json.loads(ask("--image", page, "--json", "What is the total?"))
     assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
-    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    tiles = tile_page(load_image(str(page)), 12, 128)
     prompt = write_conversation(tiny.tokenizer, 64, [5], [("What is the total?", None)])
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
@@ -74,7 +76,7 @@ def test_a_seed_draws_the_same_answer_again(ask, page):
 def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
-    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    tiles = tile_page(load_image(str(page)), 12, 128)
     prompt = write_conversation(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == decode(tiny, tokens)
@@ -188,15 +190,15 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
     pytest.importorskip("pypdfium2", reason="needs the package pypdfium2")
     extra = [Image.new("RGB", (100, 100))]
     Image.open(page).convert("RGB").save(tmp_path / "scan.pdf", resolution=200, save_all=True, append_images=extra)
-    assert [round(image.width, -1) for image in infer.load_images(str(tmp_path / "scan.pdf"))] == [260, 100]
-    assert [image.size for image in infer.load_images(f"{tmp_path}/scan.pdf#2")] == [(100, 100)]
+    assert [round(image.width, -1) for image in load_images(str(tmp_path / "scan.pdf"))] == [260, 100]
+    assert [image.size for image in load_images(f"{tmp_path}/scan.pdf#2")] == [(100, 100)]
     for bad in ("scan.pdf#3", "nowhere.pdf", "scan.pdf#0"):
         assert "cannot be read as a PDF, or has no such page" in refuses(infer, capsys, monkeypatch, "--model", folder, "--image", tmp_path / bad, "?")
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/image -", "standard input is where the questions come from"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
-    ("/settings width 3", "width: no setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
+    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command; there are /image PATH|URL, /video PATH, /undo, /clear, /settings [NAME VALUE], /help, /quit"),
+    ("/settings width 3", "width: not a setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
     assert message in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", stdin=line)

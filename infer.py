@@ -162,7 +162,7 @@ def answer(arguments):
     chat = open_chat(arguments)
     if arguments.show:
         from extras.pictures import draw_tiles, save_picture
-        save_picture(draw_tiles(chat, chat.pictures[0]), arguments.show)
+        save_picture(draw_tiles(chat.pictures[:1], chat.model.config.tokens_per_tile), arguments.show)
     for text in chat.stream(arguments.question):
         if not arguments.json:
             print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
@@ -213,19 +213,13 @@ def explain(arguments):
 
 
 def browse(arguments):
-    from extras.web import Server
-    model = load_model(arguments)
-    try:
-        server = Server(model, arguments.port, max_tiles=arguments.max_tiles, **generation(arguments))
-    except OSError as error:
-        raise InputError(f"--port {arguments.port}: cannot be opened ({error}); give another, or 0 for any") from error
-    print(f"http://127.0.0.1:{server.server_port}   Ctrl-C ends", file=sys.stderr, flush=True)
-    server.serve_forever()
+    from extras.web import serve
+    serve(load_model(arguments), arguments.port, {"max_tiles": arguments.max_tiles, **generation(arguments)})
 
 
 def converse(arguments):
-    from extras.chat_cli import converse
-    converse(open_chat(arguments), lambda source: load_images(source, arguments.allow_private), arguments.json)
+    from extras.chat_cli import ChatShell
+    ChatShell(open_chat(arguments), arguments.allow_private, arguments.json).run()
 
 
 def main():

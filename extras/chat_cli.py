@@ -1,145 +1,188 @@
-"""How is a conversation held at a terminal? Lines in; answers to standard output, as they come, all else to standard error.
+"""How is a conversation held at a terminal? Answers go to standard output as they come, all else to standard error.
 
-    a line  ->  /command  ->  what it did                the conversation in between is model/chat.py's
-            ->  question  ->  the answer, how fast it came
+    a line  ->  /command  ->  a do_ method below         the conversation itself is model/chat.py's
+            ->  question  ->  the answer, and its speed
 
-Without a terminal, lines come from standard input and answers are printed one a line; a mistake then ends the program.
+Without a terminal: one question per line from standard input, one answer per line; an error ends the program.
 """
 import argparse
+import cmd
 import contextlib
+import itertools
 import json
 import re
 import sys
 
 from extras.cli import float_in, int_in
-from extras.video import read_video
+from extras.video import load_images, read_video
+from model.checkpoint import TINY
 from model.errors import InputError
 from model.tokenizer import clean
 
 SETTINGS = {                                    # of an answer, each with its type
     "max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
     "top_p": float_in(1e-6, 1), "seed": int_in(0)}
-COMMANDS = """/image PATH|URL          show an image with the next question
-/video PATH              show a video with it
-/undo                    take the last question back; its images wait for the next one
-/clear                   forget everything, images too
-/settings [NAME VALUE]   see or change """ + ", ".join(SETTINGS)
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # what an answer must not send to a terminal: it could be an order
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that a terminal would obey
+RATE_TOKENS = 5                                 # shorter answers say nothing about tokens per second
 
 
-def converse(chat, load_images, as_json=False):
-    """Questions from the terminal or, one a line, from standard input; each sees the conversation before it.
+class ChatShell(cmd.Cmd):
+    """Holds a conversation with a `model.chat.Chat`: `run` returns when there are no more lines.
 
-    `load_images`: a path or address -> its Pillow images. Prints answers to standard output, all else to standard error.
-    Raises InputError for what cannot be done, unless a person is there to be told.
+    `allow_private`: fetch images from private networks too. `as_json`: print a report in place of each answer.
     """
-    typed = sys.stdin.isatty()
-    if typed:
-        with contextlib.suppress(ImportError):              # not on Windows, whose terminal has a history of its own
-            import readline  # noqa: F401: input() then has arrow keys and a history
-        tell(f"{pictures_shown(chat)}Ask; /help tells the commands, Ctrl-C stops an answer, Ctrl-D ends.")
-    while (line := next_line(typed)) is not None:
+    prompt = "> "
+
+    def __init__(self, chat, allow_private=False, as_json=False):
+        super().__init__(completekey=None, stdout=sys.stderr)       # where cmd prints; answers go elsewhere
+        self.chat, self.allow_private, self.as_json = chat, allow_private, as_json
+        self.typed, self.use_rawinput = sys.stdin.isatty(), sys.stdout.isatty()
+
+    def run(self):
+        """Raises InputError for a line that cannot be obeyed or answered, unless a person reads it at a terminal."""
+        if not self.typed:
+            any(self.onecmd(line) for line in sys.stdin)            # until a command returns True
+            return
+        with contextlib.suppress(ImportError):                      # Windows terminals have a history of their own
+            import readline  # noqa: F401 - input() then has arrow keys and a history
+        log(f"{images_waiting(self.chat)}Ask; /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        while True:
+            try:
+                return self.cmdloop()
+            except KeyboardInterrupt:                               # at the prompt: drop the line, not the chat
+                log("")
+
+    def onecmd(self, line):
         try:
-            if re.match(r"/[a-z]+(\s|$)", line):
-                tell(obey(chat, line, load_images))
-            elif line:
-                answer_one(chat, line, as_json, one_line=not typed)
-                if typed:
-                    tell(how_it_went(chat))
-        except InputError as error:
-            if not typed:
+            return super().onecmd(clean(line.strip()))
+        except (InputError, KeyboardInterrupt) as error:
+            if not self.typed:
                 raise
-            tell(" ".join(str(error).split()))
-        except KeyboardInterrupt:
-            if not typed:
-                raise
-            tell("\n(stopped)")
+            log(" ".join(str(error).split()) or "\n(stopped)")
+
+    def parseline(self, line):
+        """A line -> (command or None, its argument, the line), as cmd wants it."""
+        command, argument = re.fullmatch(r"(?:/([a-z]+)(?=\s|$))?\s*(.*)", line, re.DOTALL).groups()
+        return "EOF" if line == "EOF" and self.typed else command, argument, line   # cmd's sign for the end of input
+
+    def default(self, line):
+        if self.parseline(line)[0]:
+            names = re.findall("^/.*?(?=  )", "\n".join(usages()), re.MULTILINE)
+            raise InputError(f"{line}: not a command; there are {', '.join(names)}")
+        answer_one(self.chat, line, self.as_json, one_line=not self.typed)
+        if self.typed:
+            log(stats_line(self.chat))
+
+    def emptyline(self):
+        pass
+
+    def do_image(self, source):
+        """/image PATH|URL          show an image with the next question"""
+        for image in load_images(source_of(source), self.allow_private):
+            self.chat.add_image(image)
+        log(images_waiting(self.chat).rstrip())
+
+    def do_video(self, path):
+        """/video PATH              show a video with the next question"""
+        self.chat.add_video(read_video(source_of(path)))
+        log(images_waiting(self.chat).rstrip())
+
+    def do_undo(self, _):
+        """/undo                    take the last question back; its images wait for the next one"""
+        self.chat.undo()
+        waiting = "; its images wait for the next question" if self.chat.waiting else ""
+        log(f"taken back; {len(self.chat.turns)} before it{waiting}")
+
+    def do_clear(self, _):
+        """/clear                   forget the conversation and its images"""
+        self.chat.clear()
+        log("everything forgotten, images too")
+
+    def do_settings(self, text):
+        """/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed"""
+        settings = {"max_tiles": self.chat.max_tiles} | self.chat.settings
+        name, _, value = text.partition(" ")
+        if name and name not in settings:
+            raise InputError(f"{name}: not a setting; there are {', '.join(settings)}")
+        try:
+            settings |= {name: SETTINGS[name](value.strip())} if name else {}
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise InputError(f"{name}: {error}; give a number, like /settings {name} 1") from error
+        log(", ".join(f"{name} {value}" for name, value in settings.items()))
+        self.chat.max_tiles = settings.pop("max_tiles")
+        self.chat.settings = settings
+
+    def do_help(self, _):
+        """/help                    list the commands"""
+        log("\n".join(usages()))
+
+    def do_quit(self, _):
+        """/quit  /exit             end the chat, as Ctrl-D does"""
+        return True
+
+    do_exit = do_quit
+
+    def do_EOF(self, _):
+        log("")
+        return True
 
 
-def next_line(typed):
-    """The next line, or None at the end. Ctrl-C at the prompt gives up the line, not the chat."""
-    try:
-        if typed and sys.stdout.isatty():
-            return clean(input("> ").strip())
-        print("> " if typed else "", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        return clean(line.strip()) if line else None
-    except EOFError:
-        tell("")
-        return None
-    except KeyboardInterrupt:
-        if not typed:
-            raise
-        tell("")
-        return ""
+def usages():
+    """A line for each command."""
+    methods = (method for name, method in vars(ChatShell).items() if name.startswith("do_"))
+    return [method.__doc__ for method in dict.fromkeys(methods) if method.__doc__]
+
+
+def source_of(text):
+    if text in ("", "-"):
+        raise InputError("give a path or an address; standard input is where the questions come from")
+    return text
 
 
 def answer_one(chat, question, as_json=False, one_line=False):
-    """Ask and print, as the answer comes or, for `as_json` and `one_line`, when it is whole."""
+    """Ask, and print the answer as it comes or, for `as_json` and `one_line`, when it is whole. Raises InputError."""
+    said = list(remarks(chat))
     with contextlib.closing(chat.stream(question)) as pieces:
-        for text in pieces:
+        first = next(pieces, "")                # raises InputError, if at all, before anything is printed
+        for line in said:
+            log(line)
+        for text in itertools.chain([first], pieces):
             if not (as_json or one_line):
-                print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
+                show(text, end="")
     if as_json:
-        print(json.dumps(chat.report, ensure_ascii=False), flush=True)
+        show(json.dumps(chat.report, ensure_ascii=False))
     else:
-        print(" ".join(chat.report["answer"].split()) if one_line else "", flush=True)
+        show(" ".join(chat.report["answer"].split()) if one_line else "")
 
 
-def obey(chat, line, load_images):
-    """Do what a /command says; returns what there is to tell. Raises InputError."""
-    command, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if command in ("/image", "/video") and rest == "-":
-        raise InputError(f"{line}: standard input is where the questions come from; give a path or an address")
-    if command == "/image" and rest:
-        for image in load_images(rest):
-            chat.add_image(image)
-        return pictures_shown(chat).rstrip()
-    if command == "/video" and rest:
-        chat.add_video(read_video(rest))
-        return pictures_shown(chat).rstrip()
-    if command == "/undo":
-        chat.undo()
-        return f"taken back; {len(chat.turns)} before it" + ("; its images wait for the next question" if chat.waiting else "")
-    if command == "/clear":
-        chat.clear()
-        return "all forgotten, images too"
-    if command == "/settings":
-        if rest:
-            change_setting(chat, *rest.partition(" ")[::2])
-        return ", ".join(f"{name} {value}" for name, value in (chat.settings | {"max_tiles": chat.max_tiles}).items())
-    if command == "/help":
-        return COMMANDS
-    raise InputError(f"{line}: not a command; there are {', '.join(re.findall('^/.*?(?=  )', COMMANDS, re.MULTILINE))}")
+def remarks(chat):
+    """What a user should know about the answer to the next question, one line each."""
+    if not (chat.pictures or chat.turns):
+        yield "no image: text only"
+    if len(chat.turns) == 1 and chat.model.folder.resolve() == TINY.resolve():
+        yield "the embedded model answers single questions only; take the last one back (undo) before you ask the next"
 
 
-def change_setting(chat, name, value):
-    try:
-        value = SETTINGS[name](value.strip())
-    except KeyError as error:
-        raise InputError(f"{name}: no setting; there are {', '.join(SETTINGS)}") from error
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{name}: {error}; give a number, like /settings {name} 1") from error
-    if name == "max_tiles":
-        chat.max_tiles = value
-    else:
-        chat.settings[name] = value
-
-
-def pictures_shown(chat):
-    """A line for each picture that waits for the next question."""
+def images_waiting(chat):
+    """A line for each image that waits for the next question."""
     first = len(chat.pictures) - len(chat.waiting) + 1
     return "".join(f"image {i}: {picture.image.width} x {picture.image.height} pixels, {len(picture.tiles)} tiles\n"
                    for i, picture in enumerate(chat.waiting, first))
 
 
-def how_it_went(chat):
+def stats_line(chat):
+    """The size and the speed of the last answer."""
     report = chat.report
-    speed = report["decode_tokens_per_second"]
-    return (f"[{sum(report['tiles'])} tiles, {report['prompt_tokens']:,} tokens, {chat.read:,} of them new; first token after "
-            f"{report['prefill_seconds']:.2f} s" + (f", then {speed:.1f} a second]" if speed else "]"))
+    rate = f", then {report['decode_tokens_per_second']:.1f} per second" if len(report["tokens"]) >= RATE_TOKENS else ""
+    return (f"[{sum(report['tiles'])} tiles, {report['prompt_tokens']:,} tokens, {chat.read:,} of them new; "
+            f"first token after {report['prefill_seconds']:.2f} s{rate}]")
 
 
-def tell(text):
-    print(text, file=sys.stderr, flush=True)
+def show(text, end="\n"):
+    """Print to standard output; a terminal gets no control characters."""
+    print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def log(text):
+    """Print to standard error, without control characters."""
+    print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""What does the model see, and where does it look? Two pictures of a page, drawn with Pillow, and an example in print.
+"""What does the model see, and where does it look? Pictures drawn with Pillow, and an example printed token by token.
 
-`show_example`: what is learned of a page, token by token, with the tiles of its images.
-`draw_tiles`: the page as it is cut, its grid, its thumbnail and how many tokens they become.
-`draw_attention`: where the answer's tokens looked. Attention of every answer token to the image tokens, averaged over heads,
-layers and answer tokens. Source: the answer-to-token attention of "MLLMs Know Where to Look" (arXiv 2502.17422), section 3;
-it tells where the model looked, not why it answered what it did.
+`draw_tiles`: images as they are cut, with grid, thumbnail and number of tokens. `show_example`: which tokens of a page
+are in the loss. `draw_attention`: where the answer's tokens looked. Source: the answer-to-token attention of "MLLMs
+Know Where to Look" (arXiv 2502.17422), section 3; it shows where the model looked, not why it answered what it did.
 """
 import itertools
 import sys
+import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,15 +15,21 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from model.errors import InputError
+from model.images import image_size
 from model.language import apply_rotary, page_mask, rotary_cos_sin
 from model.prompt import IMAGE_TOKEN
+from model.tiling import choose_grid
 from model.tokenizer import special_id
 
-EDGE, LINE = 24, (220, 30, 30)           # EDGE: pixels around a tile of 128, more around larger ones
+# one palette for all pictures: fills for tokens of the prefix, of images, of plain text and in the loss; then lines
+PREFIX, IMAGE, TEXT, LOSS = "#c9dcf2", "#fde3ae", "#f2f2f2", "#c8e9c8"
+RIGHT, WRONG, GRAY = "#2e8b3d", "#d03030", "#555555"
+FONT, MONO = "DejaVu Sans, system-ui, sans-serif", "DejaVu Sans Mono, monospace"        # as matplotlib, if it is there
+EDGE = 24                               # pixels around a tile of 128, more around larger ones
 
 
 def save_picture(picture, path):
-    """Write a Pillow image; raises InputError where that cannot be."""
+    """Write a Pillow image to a file. Raises InputError."""
     try:
         picture.save(path)
     except (OSError, ValueError) as error:
@@ -31,55 +37,44 @@ def save_picture(picture, path):
                          "in a folder that exists") from error
 
 
-def show_example(example, tokenizer, file):
-    """Print what the model reads of an example (data.py's), branch by branch; save the picture of its tiles as `file`.
+# ---------------------------------------------------------------------------------------------------------------- tiles
 
-    What is learned is green on a terminal, in [] elsewhere.
+def draw_tiles(pictures, tokens_per_tile):
+    """Draw images as they are cut -> RGB Pillow image: numbered tiles in their grid, the thumbnail beside them.
+
+    `pictures`: the images, drawn below each other, each with `tiles`, uint8 (n, 3, S, S), and `grid`, (columns, rows),
+    as in `Chat.pictures`.
     """
-    page, prompt = example.page, example.prompt
-    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
-    if len(example.tiles):
-        save_picture(line_up(example.tiles, example.tile_counts), file)
-        print(f"tiles: {file}, one line an image, the thumbnail last")
-    for branch in range(max(prompt.branches) + 1):
-        at = [i for i, b in enumerate(prompt.branches) if b == branch]
-        learned = sum(prompt.labels[i] >= 0 for i in at)
-        print(f"\nbranch {branch}{'' if branch else ' (what all questions share)'}: "
-              f"{len(at)} tokens from position {prompt.positions[at[0]]}, {learned} learned")
-        print("|".join(runs_of_tokens(prompt, at, tokenizer)))
-    print(f"\n{len(prompt.ids)} tokens, {prompt.ids.count(special_id(tokenizer, IMAGE_TOKEN))} of them from images, "
-          f"{example.answer_tokens} learned"
-          + (f"; {len(example.too_long)} questions left out, they do not fit" if example.too_long else ""))
+    return stack([draw_grid(picture.tiles, *picture.grid, tokens_per_tile) for picture in pictures])
 
 
-def runs_of_tokens(prompt, at, tokenizer):
-    """The tokens at the places `at` of a prompt as text, a piece for each run of image tokens, of learned and of other ones."""
-    begin, end = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    image_id = special_id(tokenizer, IMAGE_TOKEN)
-    for (is_image, is_learned), run in itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0)):
-        ids = [prompt.ids[i] for i in run]
-        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else "|".join(texts_of_tokens(ids, tokenizer))
-        yield begin + text + end if is_learned else text
+def draw_grid(tiles, columns, rows, tokens_per_tile):
+    size, count = tiles.shape[-1], columns * rows
+    thumbnail = len(tiles) > count
+    scale = max(1, size // 128)
+    edge = EDGE * scale
+    cell = size + edge
+    text = (f"{columns} x {rows} tile{'s' * (count > 1)}{' and a thumbnail' if thumbnail else ''}, "
+            f"{len(tiles)} x {tokens_per_tile} = {len(tiles) * tokens_per_tile:,} tokens")
+    font = ImageFont.load_default(size=14 * scale)
+    width = max((columns + thumbnail) * cell + edge, round(font.getlength(text)) + 2 * edge)
+    canvas = Image.new("RGB", (width, rows * cell + 2 * edge), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, tile in enumerate(tiles):
+        column, row = (i % columns, i // columns) if i < count else (columns, 0)
+        x, y = edge + column * cell, edge + row * cell
+        canvas.paste(as_image(tile), (x, y))
+        draw.rectangle((x - 1, y - 1, x + size, y + size), outline=WRONG)
+        draw.text((x, y - 19 * scale), "thumbnail" if i >= count else str(i + 1), fill=WRONG, font=font)
+    draw.text((edge, rows * cell + edge), text, fill="black", font=font)
+    return canvas
 
 
-def texts_of_tokens(ids, tokenizer):
-    """The text of each token; of those that hold a part of a character only, the text of them together."""
-    waiting = []
-    for i, index in enumerate(ids, 1):
-        waiting.append(index)
-        text = tokenizer.decode(waiting)
-        if i == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text.replace("\n", "⏎")
-            waiting = []
-
-
-def line_up(tiles, counts):
-    """uint8 tiles (n, 3, S, S) -> an RGB picture of them, a line an image, which has `counts` tiles."""
-    size, gap = tiles.shape[-1], 8
-    canvas = Image.new("RGB", (max(counts) * (size + gap) - gap, len(counts) * (size + gap) - gap), "magenta")
-    for row, of_image in enumerate(tiles.split(counts)):
-        for column, tile in enumerate(of_image):
-            canvas.paste(as_image(tile), (column * (size + gap), row * (size + gap)))
+def stack(images):
+    """RGB images below each other."""
+    canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    for i, image in enumerate(images):
+        canvas.paste(image, (0, sum(image.height for image in images[:i])))
     return canvas
 
 
@@ -88,74 +83,114 @@ def as_image(tile):
     return Image.fromarray(np.asarray(rearrange(tile, "rgb h w -> h w rgb")))
 
 
-def draw_tiles(chat, picture):
-    """An RGB picture of a page's tiles, each with its number, and the thumbnail beside them."""
-    size, tokens = chat.model.config.vision.tile_pixels, chat.model.config.tokens_per_tile
-    columns, rows = picture.grid
-    count = columns * rows
-    thumbnail = len(picture.tiles) > count
-    scale = max(1, size // 128)
-    edge = EDGE * scale
-    cell = size + edge
-    canvas = Image.new("RGB", ((columns + thumbnail) * cell + edge, rows * cell + 2 * edge), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14 * scale)
-    for i, tile in enumerate(picture.tiles):
-        column, row = (i % columns, i // columns) if i < count else (columns, 0)
-        x, y = edge + column * cell, edge + row * cell
-        canvas.paste(as_image(tile), (x, y))
-        draw.rectangle((x - 1, y - 1, x + size, y + size), outline=LINE)
-        draw.text((x, y - 19 * scale), "thumbnail" if i >= count else str(i + 1), fill=LINE, font=font)
-    text = (f"{columns} x {rows} tiles{' and a thumbnail' if thumbnail else ''}, "
-            f"{len(picture.tiles)} x {tokens} = {len(picture.tiles) * tokens:,} tokens")
-    draw.text((edge, rows * cell + edge), text, fill="black", font=font)
-    return canvas
+def grid_of(source, count, tile_pixels):
+    """The (columns, rows) of an image that was cut into `count` tiles; one row if no local file tells its size."""
+    size = image_size(source)
+    grids = [choose_grid(*size, most, tile_pixels) for most in range(1, 129)] if size else []
+    return next((grid for thumbnail in (1, 0) for grid in grids
+                 if grid[0] * grid[1] + (thumbnail if grid != (1, 1) else 0) == count), (count, 1))
 
+
+# ------------------------------------------------------------------------------------------------------------- examples
+
+def show_example(example, tokenizer, file):
+    """Print the tokens of an example (data.py), branch by branch; save the picture of its tiles as `file`.
+
+    Tokens in the loss stand in [], on a terminal also in green.
+    """
+    page, prompt = example.page, example.prompt
+    image_tokens = prompt.ids.count(special_id(tokenizer, IMAGE_TOKEN))
+    print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
+    if len(example.tiles):
+        pictures = [SimpleNamespace(tiles=tiles, grid=grid_of(image, len(tiles), tiles.shape[-1]))
+                    for image, tiles in zip(page.images, example.tiles.split(example.tile_counts))]
+        save_picture(draw_tiles(pictures, image_tokens // len(example.tiles)), file)
+        print(f"tiles: {file}")
+    for branch in range(max(prompt.branches) + 1):
+        at = [i for i, b in enumerate(prompt.branches) if b == branch]
+        in_loss = sum(prompt.labels[i] >= 0 for i in at)
+        print(f"\nbranch {branch}{'' if branch else ' (the prefix that all questions share)'}: "
+              f"{len(at)} tokens from position {prompt.positions[at[0]]}, {in_loss} in the loss")
+        print("|".join(runs_of_tokens(prompt, at, tokenizer)))
+    print(f"\n{len(prompt.ids)} tokens, {image_tokens} of them from images, {example.answer_tokens} in the loss"
+          + (f"; {len(example.too_long)} questions left out: too long" if example.too_long else ""))
+
+
+def runs_of_tokens(prompt, at, tokenizer):
+    """Yield the tokens at the indices `at` of a prompt as text: a piece for each run of image tokens, of tokens in the
+    loss, and of masked ones."""
+    begin, end = ("\033[1;32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
+    image_id = special_id(tokenizer, IMAGE_TOKEN)
+    kinds = itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0))
+    for (is_image, in_loss), run in kinds:
+        ids = [prompt.ids[i] for i in run]
+        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else "|".join(texts_of_tokens(ids, tokenizer))
+        yield begin + text + end if in_loss else text
+
+
+def texts_of_tokens(ids, tokenizer):
+    """Yield the text of each token; tokens that hold parts of one character are joined."""
+    pending = []
+    for i, index in enumerate(ids, 1):
+        pending.append(index)
+        text = tokenizer.decode(pending)
+        if i == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield visible(text)
+            pending = []
+
+
+def visible(text):
+    """Text with a sign for the end of a line, and one for characters that a terminal would obey or not show."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c
+                   for c in text.replace("\n", "\u23ce"))
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
 
 def draw_attention(chat):
-    """The last answer's look at each picture of the conversation, RGB, one below the other. Nothing is drawn of a thumbnail."""
-    looks = attention(chat)
+    """Draw where the last answer looked -> RGB Pillow image: the conversation's images below each other."""
+    weights = attention(chat)
     per_tile, maps, start = chat.model.config.tokens_per_tile, [], 0
     for picture in chat.pictures:
         columns, rows = picture.grid
-        look = looks[start:start + columns * rows * per_tile]
+        cells = weights[start:start + columns * rows * per_tile]
         start += len(picture.tiles) * per_tile
-        heat = rearrange(look, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=int(per_tile ** 0.5)).numpy()
+        heat = rearrange(cells, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=int(per_tile ** 0.5)).numpy()
         maps.append(over(picture.image, heat / max(heat.max(), 1e-12)))
-    canvas = Image.new("RGB", (max(m.width for m in maps), sum(m.height for m in maps)), "white")
-    for i, drawn in enumerate(maps):
-        canvas.paste(drawn, (0, sum(m.height for m in maps[:i])))
-    return canvas
+    return stack(maps)
 
 
 @torch.inference_mode()
 def attention(chat):
-    """Where the last answer's tokens looked: float32 (image tokens of the conversation,), on the CPU.
+    """The attention of the last answer's tokens to the image tokens of the conversation -> float32 (n,), on the CPU.
 
-    The tokens that chose the answer are read once more over the keys in the cache, with their weights written out.
+    Mean over heads, layers and answer tokens. The tokens that predicted the answer are run once more over the keys in
+    the cache, with the attention weights written out.
     """
     model, cache, count = chat.model, chat.cache, len(chat.report["tokens"])
     language, stop = model.language, len(chat.held)
-    start = stop - count                                                # the token before the first one chose it
+    start = stop - count                                    # an answer token is predicted by the one before it
     ids = torch.tensor(chat.held[start:stop], device=model.device)
     positions = torch.arange(start, stop, device=model.device)
     places = [i for i, key in enumerate(chat.held) if not isinstance(key, int)]
-    cos, sin = rotary_cos_sin(positions, model.config.language.head_width, model.config.language.rope_theta, model.dtype)
+    config = model.config.language
+    cos, sin = rotary_cos_sin(positions, config.head_width, config.rope_theta, model.dtype)
     later = torch.arange(stop, device=model.device) > positions[:, None]
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
     page = page_mask(torch.zeros(count, dtype=torch.long), cache, model.device)
     for layer, block in enumerate(language.blocks):
         query = rearrange(block.attention.query(block.attention_norm(x)), "l (h d) -> h l d", d=cos.shape[-1])
-        keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)    # (H, L, d)
+        keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)  # (H, L, d)
         weight = apply_rotary(query, cos, sin).float() @ keys.float().mT / cos.shape[-1] ** 0.5
-        total = total + weight.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))                # (L,)
+        total = total + weight.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))              # (L,)
         x = block(x, cos, sin, [page])
     cache.branches = page.key_branches
     return total[places].cpu() / len(language.blocks)
 
 
 def over(image, heat):
-    """A page with a heat map (rows, columns) from 0 to 1 over it, red where it is hot."""
+    """A page under a heat map (rows, columns) from 0 to 1: red where it is hot."""
     image = image.convert("RGB")
     mask = Image.fromarray(np.uint8(heat ** 0.5 * 200)).resize(image.size, Image.Resampling.BICUBIC)
     return Image.composite(Image.new("RGB", image.size, (255, 40, 0)), image, mask)

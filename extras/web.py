@@ -1,137 +1,116 @@
-"""The conversation in a browser: one page, served on this machine alone by the standard library.
-
-    POST /new                  a conversation's key        POST /image?chat=KEY     an image file -> how it was cut
-    POST /ask?chat=KEY         a question -> the answer, streamed    POST /undo, /clear?chat=KEY
-    GET  /tiles?chat=KEY&n=1   the first image's tiles, drawn
-"""
+"""How is a conversation held in a browser? On a page made by gradio (pip install gradio), for this machine alone."""
 import contextlib
-import http.server
-import io
-import json
-import secrets
+import os
+import signal
+import socket
+import tempfile
 import threading
-import urllib.parse
-from pathlib import Path
 
+from extras.chat_cli import log, remarks, stats_line
 from extras.pictures import draw_tiles
+from extras.video import load_images
 from model.errors import InputError
-from model.tiling import read_image
+from model.images import FETCH_BYTES
 
-UPLOAD_BYTES, QUESTION_BYTES = 50_000_000, 200_000      # largest image and question that are taken
-CHATS = 16                                              # conversations kept; the oldest is forgotten for a new one
-PAGE = Path(__file__).with_name("web.html")
+CHATS = 16                                              # conversations kept in memory; a new one replaces the oldest
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves conversations with `model` on 127.0.0.1; one question is answered at a time."""
-    daemon_threads = True
+class Conversations:
+    """A `model.chat.Chat` for each session of the browser. `settings`: of `model.chat`."""
 
-    def __init__(self, model, port=0, **settings):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, model, settings):
         self.model, self.settings, self.chats, self.lock = model, settings, {}, threading.Lock()
-        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+
+    def chat(self, session, length):
+        """The session's chat as it was when the browser's history had this length; undo, retry and clear shorten it."""
+        while len(self.chats) >= CHATS and session not in self.chats:
+            del self.chats[next(iter(self.chats))]
+        chat, past = self.chats.setdefault(session, (self.model.chat(**self.settings), []))
+        while past and past[-1][0] >= length:
+            _, chat.turns = past.pop()
+        past.append((length, list(chat.turns)))
+        chat.waiting = []
+        return chat
+
+    def answer(self, session, length, question, files):
+        """Yield (text so far, "", None), then (text, notes, the picture of the tiles or None)."""
+        with self.lock:                                 # one question at a time
+            try:
+                chat, text = self.chat(session, length), ""
+                for image in [image for path in files for image in load_images(path)]:
+                    chat.add_image(image)
+                notes = list(remarks(chat))
+                with contextlib.closing(chat.stream(question)) as pieces:
+                    for piece in pieces:
+                        text += piece
+                        yield text, "", None
+                pictures = chat.turns[-1].pictures
+                tiles = draw_tiles(pictures, self.model.config.tokens_per_tile) if pictures else None
+                yield text, "; ".join([*notes, stats_line(chat)]), tiles
+            except InputError as error:
+                yield " ".join(str(error).split()), "not answered", None
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    timeout = 60                                        # seconds of silence
+def serve(model, port, settings):
+    """Serve the page at http://127.0.0.1:port until Ctrl-C; port 0: a free one. Raises InputError.
 
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.serve({"/": self.page, "/tiles": self.tiles})
-
-    def do_POST(self):
-        self.serve({"/new": self.new, "/image": self.image, "/ask": self.ask, "/undo": self.undo, "/clear": self.clear})
-
-    def serve(self, answers):
-        url = urllib.parse.urlsplit(self.path)
-        self.query = dict(urllib.parse.parse_qsl(url.query))
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        # a foreign page must not ask in its visitor's name, nor a name that was turned to this address
-        if host not in self.server.hosts or origin not in (None, *(f"http://{name}" for name in self.server.hosts)):
-            return self.send("only pages of this server may ask", 403)
-        if url.path not in answers:
-            return self.send("no such page", 404)
+    `settings`: of `model.chat`. Nothing is sent anywhere else; uploaded files are deleted at the end.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", port)) as free:
+            port = free.getsockname()[1]
+    except OSError as error:
+        raise InputError(f"--port {port}: cannot be used ({error}); give another one, or 0 for a free one") from error
+    with tempfile.TemporaryDirectory() as folder:
+        page = launch(Conversations(model, settings), port, folder)
+        log(f"http://127.0.0.1:{port}   Ctrl-C ends")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # then, too, uploads are deleted
         try:
-            answers[url.path]()
-        except InputError as error:
-            self.send(" ".join(str(error).split()), 400)
-        except OSError:                                 # the browser went away, or is silent
-            self.close_connection = True
+            threading.Event().wait()
+        finally:
+            page.close()
 
-    def send(self, text, status=200, kind="text/plain; charset=utf-8"):
-        body = text if isinstance(text, bytes) else text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.end_headers()
-        self.wfile.write(body)
 
-    def body(self, most):
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            raise InputError("an upload must tell its length")
-        if int(length) > most:
-            self.close_connection = True                # what follows is not read
-            raise InputError(f"{int(length):,} bytes; at most {most:,} are taken")
-        return self.rfile.read(int(length))
+def launch(conversations, port, folder):
+    """Start the page in a thread, with uploads in `folder` -> the running gradio.ChatInterface. Raises InputError."""
+    # read when gradio is imported: no statistics, and no proxy between the page and this machine
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "NO_PROXY": "127.0.0.1"}
+    try:
+        import gradio
+        from starlette.middleware import Middleware
+        from starlette.middleware.base import BaseHTTPMiddleware
+    except ImportError as error:
+        raise InputError("--web needs the package gradio: pip install gradio") from error
 
-    @property
-    def chat(self):
-        if self.query.get("chat") not in self.server.chats:
-            raise InputError("this conversation is gone; load the page again")
-        return self.server.chats[self.query["chat"]]
+    def respond(message, history, request: gradio.Request):
+        files = [file if isinstance(file, str) else file["path"] for file in message["files"]]  # after retry: objects
+        for text, notes, tiles in conversations.answer(request.session_hash, len(history), message["text"], files):
+            content = gradio.Image(tiles) if tiles else ""
+            yield [text, {"role": "assistant", "content": content, "metadata": {"title": notes}}] if notes else text
 
-    def page(self):
-        self.send(PAGE.read_bytes(), kind="text/html; charset=utf-8")
+    page = gradio.ChatInterface(
+        respond, multimodal=True, title="Ask a page", analytics_enabled=False, api_visibility="private",
+        chatbot=gradio.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], height="70vh"),
+        textbox=gradio.MultimodalTextbox(file_types=["image", ".pdf"], file_count="multiple", stop_btn=True,
+                                         placeholder="A question, with images dropped here"))
+    page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+                ssr_mode=False, run_history=False, footer_links=[], max_file_size=FETCH_BYTES,
+                css="button[aria-label=Share] { display: none }",
+                app_kwargs={"middleware": [Middleware(BaseHTTPMiddleware, dispatch=own_page_only(port))]})
+    return page
 
-    def new(self):
-        key = secrets.token_urlsafe(16)
-        with self.server.lock:
-            while len(self.server.chats) >= CHATS:
-                del self.server.chats[next(iter(self.server.chats))]
-            self.server.chats[key] = self.server.model.chat(**self.server.settings)
-        self.send(json.dumps({"chat": key, "most_bytes": UPLOAD_BYTES}))
 
-    def image(self):
-        data = self.body(UPLOAD_BYTES)
-        try:
-            image = read_image(data)
-        except InputError as error:
-            raise InputError("this file is no image that can be read; expected PNG, JPEG, WebP, TIFF or the like") from error
-        with self.server.lock:
-            self.chat.add_image(image)
-            pictures = self.chat.pictures
-        self.send(json.dumps({"number": len(pictures), "size": pictures[-1].image.size, "tiles": len(pictures[-1].tiles)}))
+def own_page_only(port):
+    """Middleware: no other page may ask in its visitor's name, and this page may reach no other server."""
+    from starlette.responses import PlainTextResponse
+    names = [f"127.0.0.1:{port}", f"localhost:{port}"]
 
-    def tiles(self):
-        with self.server.lock:
-            pictures, number = self.chat.pictures, self.query.get("n", "")
-            if not number.isdecimal() or not 0 < int(number) <= len(pictures):
-                raise InputError("no such image in this conversation")
-            drawn = io.BytesIO()
-            draw_tiles(self.chat, pictures[int(number) - 1]).save(drawn, "PNG")
-        self.send(drawn.getvalue(), kind="image/png")
+    async def dispatch(request, respond):
+        origin = request.headers.get("origin")
+        if request.headers.get("host") not in names or origin not in (None, *(f"http://{name}" for name in names)):
+            return PlainTextResponse("only the page of this server may ask", 403)
+        reply = await respond(request)
+        reply.headers["Content-Security-Policy"] = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+        return reply
 
-    def ask(self):
-        question = self.body(QUESTION_BYTES).decode("utf-8", "replace")
-        with self.server.lock, contextlib.closing(self.chat.stream(question)) as pieces:
-            first = next(pieces, "")                    # before the answer's head is sent: a mistake is told as one
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; charset=utf-8")
-            self.end_headers()                          # no length: the answer ends where the connection does
-            self.wfile.write(first.encode())
-            for text in pieces:
-                self.wfile.write(text.encode())
-
-    def undo(self):
-        with self.server.lock:
-            self.chat.undo()
-        self.send("taken back")
-
-    def clear(self):
-        with self.server.lock:
-            self.chat.clear()
-        self.send("forgotten")
+    return dispatch

@@ -20,8 +20,9 @@ from PIL import Image
 from model.errors import InputError
 from model.generate import generate
 from model.language import KVCache
+from model.images import read_image
 from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation
-from model.tiling import choose_grid, read_image, tile_page
+from model.tiling import choose_grid, tile_page
 from model.tokenizer import special_id
 
 

@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Page, PageDataset, load_examples, page_blocks, prefetch
 from model import InternVL
-from model.tiling import choose_grid, read_image
+from model.images import read_image
+from model.tiling import choose_grid
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 

@@ -31,7 +31,8 @@ from model import InternVL
 from model.generate import generate
 from model.prompt import write_page
 from extras.score import anls, exact_match
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
 from extras.run_folder import plotting, read_lines

@@ -23,8 +23,9 @@ from safetensors import safe_open                                   # noqa: E402
 from data import PageDataset, page_blocks                               # noqa: E402
 from model import InputError, InternVL                              # noqa: E402
 from model.checkpoint import TINY, load_checkpoint                  # noqa: E402
+from model.images import read_image                                 # noqa: E402
 from model.prompt import write_page                                 # noqa: E402
-from model.tiling import read_image, tile_page                      # noqa: E402
+from model.tiling import tile_page                                  # noqa: E402
 from model.tokenizer import load_tokenizer                          # noqa: E402
 from extras.memory import peak_gb                                         # noqa: E402
 from extras.run_folder import SkipLog                                             # noqa: E402

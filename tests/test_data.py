@@ -15,7 +15,8 @@ from data import (INSTRUCTION, Page, PageDataset, group_by_length, group_rows_in
 from extras.sources import count_rows, open_rows
 from hub import serve
 from model import InputError
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from small_data import mixed_rows, page_rows, write_dataset, write_split
 
 

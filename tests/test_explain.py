@@ -15,7 +15,7 @@ from commands import call, infer, refuses
 from conftest import ROOT
 from reference import all_logits, page_prompt
 from model import InternVL
-from extras.explain import explain, follow
+from extras.explain import TRANSLATION, explain, follow
 from model.prompt import IGNORE_INDEX
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
@@ -69,7 +69,7 @@ def test_its_tokens_are_the_prompts(explained):
     expected = [(str(token), str(position)) for i, (token, position) in enumerate(zip(prompt.ids, prompt.positions))
                 if token != 261 or i == first_of_images]
     assert told == expected
-    assert text.count("class='token learned'") == 1 + sum(label != IGNORE_INDEX for label in prompt.labels)
+    assert text.count("class='token loss'") == 1 + sum(label != IGNORE_INDEX for label in prompt.labels)
 
 
 def test_its_probabilities_are_the_models(explained):
@@ -91,6 +91,7 @@ def test_its_probabilities_are_the_models(explained):
 
 def test_every_step_tells_its_shapes_and_its_file(explained):
     text = explained[3]
+    assert TRANSLATION in text                              # of the Chinese system sentence
     told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
     assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
                     "6, 96", "6, 288"]
@@ -117,7 +118,7 @@ def test_the_readmes_pictures_are_drawn_anew(tmp_path):
     tiles = len(run.picture.tiles)
     for told in (run.chat.turns[0].answer, f"{tiles} tiles", f"tile {run.tile + 1} in", f"{tiles * 256} patches",
                  f"{tiles * 64} image tokens", f"{len(run.prompt.ids)} tokens in a row", f"0 to {start - 1}",
-                 f"{len(run.learned)} of the"):
+                 f"{len(run.in_loss)} of the"):
         assert told in section, told
     drawn = sorted(path.name for path in tmp_path.iterdir())
     assert drawn == sorted(path.name for path in (ROOT / "assets").glob("explain_*"))

@@ -20,7 +20,8 @@ from model.config import Config
 from model.generate import generate
 from model.names import official_name
 from model.prompt import IMAGE_TOKEN
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
 from small_data import mixed_rows
 from test_lora import LLM_LEAVES, example, logits

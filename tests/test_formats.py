@@ -20,7 +20,8 @@ from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
 from model.prompt import INSTRUCTION, write_conversation
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from model.tiny.pages import draw_page
 
 

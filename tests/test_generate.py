@@ -8,7 +8,8 @@ from conftest import SHARED, real
 from model import InternVL
 from model.generate import generate, sample
 from model.prompt import write_conversation
-from model.tiling import read_image, tile_page
+from model.images import read_image
+from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
 from reference import all_logits, page_prompt, reference_model, reference_pixels
 

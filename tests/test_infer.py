@@ -204,8 +204,8 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/image -", "standard input is where the questions come from"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command"),
-    ("/settings width 3", "width: no setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
+    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command; there are /image PATH|URL, /video PATH, /undo, /clear, /settings [NAME VALUE], /help, /quit"),
+    ("/settings width 3", "width: not a setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
     assert message in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", stdin=line)

@@ -1,11 +1,13 @@
 """The tiles drawn are the tiles read; the weights of attention are those that the model uses."""
 import random
+from dataclasses import replace
 
 import torch
 from PIL import Image, ImageChops
 
+from extras.pictures import EDGE, attention, draw_attention, draw_tiles, grid_of, runs_of_tokens
 from model import InternVL
-from extras.pictures import EDGE, attention, draw_attention, draw_tiles
+from model.prompt import page_prompt
 from model.tiny.pages import CELL, draw_page, glyph
 from reference import reference_model, reference_pixels
 
@@ -14,12 +16,48 @@ def test_the_tiles_drawn_are_the_tiles_read(tiny):
     chat = tiny.chat()
     chat.add_image(Image.effect_noise((300, 200), 90))
     [picture] = chat.pictures
-    drawn = draw_tiles(chat, picture)
+    drawn = draw_tiles(chat.pictures, 64)
     assert picture.grid == (3, 2) and len(picture.tiles) == 7 and drawn.size == (4 * 128 + 5 * EDGE, 2 * 128 + 4 * EDGE)
     for i, (column, row) in enumerate([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]):
         x, y = EDGE + (128 + EDGE) * column, EDGE + (128 + EDGE) * row
         inside, read = drawn.crop((x, y, x + 128, y + 128)), Image.fromarray(picture.tiles[i].transpose(1, 2, 0))
         assert ImageChops.difference(inside, read).getbbox() is None
+
+
+def test_several_images_are_drawn_below_each_other(tiny):
+    chat = tiny.chat()
+    for size in ((300, 200), (128, 128)):
+        chat.add_image(Image.effect_noise(size, 90))
+    whole, parts = draw_tiles(chat.pictures, 64), [draw_tiles([picture], 64) for picture in chat.pictures]
+    assert whole.size == (parts[0].width, parts[0].height + parts[1].height)
+    assert whole.crop((0, parts[0].height, parts[1].width, whole.height)).tobytes() == parts[1].tobytes()
+
+
+def test_the_grid_is_found_again_from_the_number_of_tiles(tiny, tmp_path):
+    draw = random.Random(0)
+    for i in range(60):
+        image = Image.new("L", (draw.randint(1, 900), draw.randint(1, 900)))
+        exif = Image.Exif()
+        exif[0x112] = draw.choice((1, 6))                                   # 6: lies on its side
+        image.save(tmp_path / f"{i}.jpg", exif=exif)
+        for thumbnail in (True, False):
+            tiny.config = replace(tiny.config, thumbnail=thumbnail)
+            chat = tiny.chat(max_tiles=draw.choice((1, 4, 12, 40)))
+            chat.add_image(tmp_path / f"{i}.jpg")
+            [picture] = chat.pictures
+            found = grid_of(str(tmp_path / f"{i}.jpg"), len(picture.tiles), 128)
+            assert found == picture.grid or not thumbnail and found[0] * found[1] == len(picture.tiles) - 1
+    assert grid_of("http://localhost/x.png", 5, 128) == (5, 1)
+
+
+def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, monkeypatch):
+    prompt, _ = page_prompt(tiny.tokenizer, 64, [1], ["What?\x1b[2J"], ["你\u202e!"])
+    at = range(len(prompt.ids))
+    text = "|".join(runs_of_tokens(prompt, at, tiny.tokenizer))
+    assert f"<IMG_CONTEXT> x 64" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
+    assert "\x1b" not in text and "?|\N{REPLACEMENT CHARACTER}|[|2|J" in text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "|".join(runs_of_tokens(prompt, at, tiny.tokenizer)) == text.replace("[你", "\033[1;32m[你").replace("|>]", "|>]\033[0m")
 
 
 def test_attention_is_what_the_reference_tells(tiny):

@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, islice
 from multiprocessing import active_children
 
@@ -23,12 +21,12 @@ from conftest import ROOT
 from data import MOST_QUESTIONS, page_blocks
 from extras import evaluate, plots, run_folder
 from extras.sources import open_rows
-from model import InputError, InternVL, network
+from model import InputError, InternVL
 from extras.run_folder import restore_checkpoint, save_checkpoint
 from model.checkpoint import latest_checkpoint
-from model.images import load_image
+from model.images import read_image
 from model.prompt import IGNORE_INDEX
-from model.tiling import choose_grid, read_image, tile_page
+from model.tiling import choose_grid, tile_page
 from model.tiny import pages
 from reference import page_prompt
 from small_data import mixed_rows, write_split
@@ -441,53 +439,3 @@ def test_pauses_grow_are_told_and_end(monkeypatch, capsys):
     assert capsys.readouterr().err.count("trying again in") == len(told)
     with pytest.raises(FileNotFoundError):                              # no trouble of the network
         data.retry(lambda: fail(FileNotFoundError("x")))
-
-
-@pytest.fixture
-def public(monkeypatch):
-    """A server that counts as public at 127.0.0.1; the private network begins at 127.0.0.2."""
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            asked.append(self.headers["Host"])
-            to = {"/private": f"http://127.0.0.2:{server.server_port}/x", "/ftp": "ftp://127.0.0.1/x", "/file": "file:///etc/passwd",
-                  "/loop": "/loop"}.get(self.path)
-            self.send_response(302 if to else 200)
-            if to:
-                self.send_header("Location", to)
-            self.end_headers()
-            try:
-                while self.path == "/slow":
-                    self.wfile.write(b"x")
-                    threading.Event().wait(0.05)
-            except ConnectionError:
-                pass
-    asked = []
-    server = ThreadingHTTPServer(("0.0.0.0", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    real = network.ipaddress.ip_address
-    monkeypatch.setattr(network.ipaddress, "ip_address", lambda text: real("8.8.8.8" if text == "127.0.0.1" else text))
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-
-
-@pytest.mark.parametrize("path, message", [
-    ("/private", "127.0.0.2 is 127.0.0.2, an address of a private network"), ("/ftp", "unknown url type"), ("/file", "not allowed"),
-    ("/loop", "infinite loop"), ("/slow", "not whole after 1 seconds")])
-def test_addresses_that_lead_astray_or_never_end_are_refused(public, monkeypatch, path, message):
-    address, asked = public
-    monkeypatch.setattr(network, "FETCH_SECONDS", 1)
-    with pytest.raises(InputError, match=message):
-        load_image(address + path)
-    assert not any(host.startswith("127.0.0.2") for host in asked)
-
-
-def test_private_addresses_are_refused_under_every_name():
-    for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1", "2130706433", "[::ffff:127.0.0.1]"):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-        with pytest.raises(InputError, match="cannot be fetched"):
-            load_image(f"http://{host}:{server.server_port}/x")
-        server.server_close()

@@ -1,16 +1,16 @@
-"""Tiles are the reference's, byte for byte. Pixel values hold for Pillow 13."""
-import io
+"""Tiles are the reference's, byte for byte, under the same Pillow."""
 import random
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil, get_optimal_tiled_canvas
 
 from conftest import real
-from model import InputError
-from model.tiling import choose_grid, read_image, tile_page
+from model.images import read_image
+from model.tiling import choose_grid, tile_page
 from model.vision import IMAGENET_STD, IMAGENET_MEAN, normalize
 
 # golden vectors: width, height: grid for at most 1, 6, 12 and 18 tiles
@@ -57,6 +57,8 @@ def test_grids_equal_the_reference_on_4000_random_sizes():
             checked += 1
 
 
+# other releases of Pillow may resize with other passes or rounding; the tests against the reference hold under any of them
+@pytest.mark.skipif(PIL.__version__.split(".")[0] != "13", reason="these numbers are those of Pillow 13")
 def test_pixels_are_those_of_the_fact_sheet():
     x, y = np.meshgrid(np.arange(1000), np.arange(700))
     page = Image.fromarray(np.stack([x * 255 // 999, y * 255 // 699, (x + y) % 256], -1).astype(np.uint8))
@@ -105,23 +107,13 @@ def test_tiles_come_row_by_row_and_the_thumbnail_last():
     assert len(tile_page(page, 12, thumbnail=False)) == 6 and len(tile_page(page, 1)) == 1
 
 
-def test_unreadable_images_are_refused_in_one_line(tmp_path):
-    file = io.BytesIO()
-    Image.effect_noise((300, 300), 90).save(file, "JPEG")
-    for bad in (b"", b"not an image", file.getvalue()[:2000]):
-        with pytest.raises(InputError, match="cannot read page 7 as an image"):
-            read_image(bad, "page 7")
-    with pytest.raises(InputError, match="nowhere.png"):
-        read_image(tmp_path / "nowhere.png", "nowhere.png")
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
-def test_a_grey_page_in_any_mode_is_cut_as_one_channel_with_equal_bytes(mode, monkeypatch):
-    grey = Image.effect_noise((900, 700), 80)
-    page = grey.convert("RGB").convert(mode)
+def test_a_gray_page_in_any_mode_is_cut_as_one_channel_with_equal_bytes(mode, monkeypatch):
+    gray = Image.effect_noise((900, 700), 80)
+    page = gray.convert("RGB").convert(mode)
     cut = tile_page(page)
-    monkeypatch.setattr("model.tiling.grey_if_it_is", lambda image: image.convert("RGB"))
+    monkeypatch.setattr("model.tiling.gray_or_rgb", lambda image: image.convert("RGB"))
     assert (cut == tile_page(page)).all()
-    tinted = Image.merge("RGB", (grey, grey, grey.point(lambda value: value ^ (value == 7))))
+    tinted = Image.merge("RGB", (gray, gray, gray.point(lambda value: value ^ (value == 7))))
     monkeypatch.undo()
-    assert (tile_page(tinted)[:, 2] != tile_page(tinted)[:, 0]).any()               # one other value is enough to be a colour
+    assert (tile_page(tinted)[:, 2] != tile_page(tinted)[:, 0]).any()               # one other value makes it a color page

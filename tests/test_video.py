@@ -1,4 +1,6 @@
 """The frames of a video are those of the official sampling; the model reads them as the reference does."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,13 @@ def test_a_video_that_cannot_be_read_is_told(tmp_path, name, span, message):
     (tmp_path / "text.webp").write_text("no animation")
     with pytest.raises(InputError, match=message):
         read_video(tmp_path / name, 8, span)
+
+
+def test_a_video_is_a_file_on_this_machine(tmp_path):
+    os.mkfifo(tmp_path / "clip.mp4")                                        # reading it would wait for ever
+    for path in ("http://127.0.0.1:9/clip.mp4", "concat://x.gif", tmp_path / "clip.mp4", tmp_path):
+        with pytest.raises(InputError, match="not a file; expected a video"):
+            read_video(path)
 
 
 def test_a_film_without_the_package_says_what_to_install(tmp_path, monkeypatch):

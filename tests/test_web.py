@@ -1,88 +1,144 @@
-"""The page in the browser answers as the chat does; what it should not take it refuses with a message."""
+"""The page in the browser answers as the chat does; undo, retry and clear there take questions back; nobody else may ask.
+
+The page itself is gradio's, which CI does not install: its tests run where it is, and it was tried in a real browser.
+"""
 import http.client
-import io
 import json
-import threading
+import socket
+import sys
 
 import pytest
 from PIL import Image
 
-from extras.web import CHATS, UPLOAD_BYTES, Server
-
-
-def png(width=200, height=100):
-    file = io.BytesIO()
-    Image.effect_noise((width, height), 90).save(file, "PNG")
-    return file.getvalue()
+from commands import infer, refuses
+from extras import web
+from extras.pictures import draw_tiles
+from extras.web import CHATS, Conversations
 
 
 @pytest.fixture
-def server(tiny):
-    server = Server(tiny, max_new_tokens=8)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def conversations(tiny):
+    return Conversations(tiny, {"max_new_tokens": 8})
 
 
 @pytest.fixture
-def call(server):
+def images(tmp_path):
+    """Two image files."""
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for path, size in zip(paths, ((200, 100), (128, 128))):
+        Image.effect_noise(size, 90).save(path)
+    return paths
+
+
+def ask(conversations, length, question, *files, session="s"):
+    """The last that is shown of an answer: (text, notes, picture)."""
+    return list(conversations.answer(session, length, question, files))[-1]
+
+
+def test_a_conversation_is_the_chats(conversations, images, tiny):
+    chat, length = tiny.chat(max_new_tokens=8), 0
+    for question, files in (("What is it?", images[:1]), ("还有呢？", []), ("And both?", images)):
+        shown = list(conversations.answer("s", length, question, files))
+        assert shown[-1][0] == chat.ask(question, *files) and shown[0][1:] == ("", None)
+        texts = [text for text, *_ in shown]
+        assert all(later.startswith(text) for text, later in zip(texts, texts[1:]))         # it streams
+        assert f"{sum(chat.report['tiles'])} tiles" in shown[-1][1]
+        length += len(files) + 3
+    assert shown[-1][2].tobytes() == draw_tiles(chat.turns[-1].pictures, 64).tobytes()
+
+
+def test_undo_retry_and_clear_shorten_the_history(conversations, images, tiny):
+    chat = tiny.chat(max_new_tokens=8)
+    first = chat.ask("A?", images[0])
+    second = chat.ask("B?")
+    assert [ask(conversations, 0, "A?", images[0])[0], ask(conversations, 3, "B?")[0]] == [first, second]
+    assert ask(conversations, 3, "B?")[0] == second                                         # retry
+    assert ask(conversations, 5, " ")[:2] == ("the question is empty; write what you want to know", "not answered")
+    assert ask(conversations, 5, "C?")[0] == chat.ask("C?")                                 # after undo of the empty one
+    assert ask(conversations, 0, "Alone?")[0] == tiny.chat(max_new_tokens=8).ask("Alone?")  # clear
+    assert len(conversations.chats["s"][0].turns) == 1
+
+
+def test_an_answer_that_was_stopped_stays_as_far_as_it_came(conversations):
+    answer = conversations.answer("s", 0, "Say something", [])
+    next(answer)
+    answer.close()
+    assert len(conversations.chats["s"][0].turns) == 1 and ask(conversations, 2, "And now?")[1] != "not answered"
+
+
+def test_sessions_are_apart_and_the_oldest_are_forgotten(conversations):
+    alone = ask(conversations, 0, "A?", session="first")[0]
+    for i in range(CHATS):
+        assert ask(conversations, 0, "A?", session=f"s{i}")[0] == alone
+    assert len(conversations.chats) == CHATS and "first" not in conversations.chats
+
+
+@pytest.mark.parametrize("question, files, message", [
+    (" ", (), "the question is empty"), ("word " * 10_000, (), "exceed the model's 2048"), ("What?", ("README.md",), "cannot read README.md"),
+    ("What?", ("nowhere.pdf",), "nowhere.pdf")])
+def test_what_cannot_be_answered_is_said_in_one_line(conversations, question, files, message):
+    text, notes, picture = ask(conversations, 0, question, *files)
+    assert message in text and "\n" not in text and notes == "not answered" and picture is None
+
+
+def test_remarks_stand_beside_the_answer(conversations, images):
+    assert "no image: text only" in ask(conversations, 0, "What?")[1]
+    assert "single questions only" in ask(conversations, 2, "And?", images[0])[1]
+    assert "single" not in ask(conversations, 0, "What?", images[0])[1]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+
+
+def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch, environment):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install gradio" in refuses(infer, capsys, monkeypatch, "--tiny", "--web", "--port", "0")
+
+
+def test_a_port_in_use_is_one_line(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"--port {port}: cannot be used" in refuses(infer, capsys, monkeypatch, "--tiny", "--web", "--port", port)
+
+
+@pytest.fixture
+def call(conversations, tmp_path, environment):
+    pytest.importorskip("gradio", reason="needs the package gradio")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = web.launch(conversations, port, str(tmp_path))
+
     def call(path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET" if body is None else "POST", path, body, headers)
         reply = connection.getresponse()
-        return reply.status, reply.read()
-    return call
+        return reply.status, reply.headers, reply.read()
+    call.port = port
+    yield call
+    page.close()
 
 
-@pytest.fixture
-def key(call):
-    return json.loads(call("/new", b"")[1])["chat"]
+def test_it_listens_on_this_machine_alone_and_asks_no_other(call):
+    status, headers, text = call("/")
+    assert status == 200 and b"Ask a page" in text and headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert "http" not in headers["Content-Security-Policy"]
+    config = json.loads(call("/config")[2])
+    assert config["analytics_enabled"] is False and not config.get("footer_links") and not config.get("run_history")
+    with open("/proc/net/tcp") as tcp, open("/proc/net/tcp6") as tcp6:
+        listening = {line.split()[1] for line in (*tcp, *tcp6) if line.split()[3] == "0A" and line.split()[1].endswith(f":{call.port:04X}")}
+    assert listening == {f"0100007F:{call.port:04X}"}
 
 
-def test_it_listens_on_this_machine_alone(server):
-    assert server.server_address[0] == "127.0.0.1"
+def test_foreign_pages_may_not_ask(call):
+    for headers in ({"Origin": "http://example.com"}, {"Host": "example.com"}, {"Origin": "null"}, {"Host": f"example.com:{call.port}"}):
+        for path, body in (("/", None), ("/gradio_api/queue/join", b"{}"), ("/gradio_api/upload", b"x")):
+            assert call(path, body, **headers)[0] == 403
+    assert call("/", Origin=f"http://localhost:{call.port}")[0] == 200
 
 
-def test_a_conversation_is_the_chats(call, key, tiny):
-    page, chat = png(), tiny.chat(max_new_tokens=8)
-    assert b"<!doctype html>" in call("/")[1]
-    assert json.loads(call(f"/image?chat={key}", page)[1]) == {"number": 1, "size": [200, 100], "tiles": 3}
-    chat.add_image(page)
-    for question in ("What is it?", "还有呢？"):
-        assert call(f"/ask?chat={key}", question.encode()) == (200, chat.ask(question).encode())
-    status, drawn = call(f"/tiles?chat={key}&n=1")
-    assert status == 200 and Image.open(io.BytesIO(drawn)).size[0] > 3 * 128
-    assert call(f"/undo?chat={key}", b"") == (200, b"taken back") and call(f"/clear?chat={key}", b"")[0] == 200
-    assert call(f"/ask?chat={key}", b"Alone?")[1] == tiny.chat(max_new_tokens=8).ask("Alone?").encode()
-
-
-@pytest.mark.parametrize("path, body, message", [
-    ("/image?chat=KEY", b"a text that is called page.png", b"this file is no image"), ("/image?chat=KEY", b"", b"this file is no image"),
-    ("/ask?chat=KEY", b" ", b"the question is empty"), ("/ask?chat=KEY", b"word " * 10_000, b"exceed the model's 2048"),
-    ("/ask?chat=other", b"What?", b"this conversation is gone"), ("/undo?chat=KEY", b"", b"no question to take back"),
-    ("/tiles?chat=KEY&n=1", None, b"no such image"), ("/tiles?chat=KEY&n=x", None, b"no such image")])
-def test_what_cannot_be_done_is_told(call, key, path, body, message):
-    status, text = call(path.replace("KEY", key), body)
-    assert status == 400 and message in text and b"\n" not in text and b"Traceback" not in text
-
-
-def test_a_large_upload_is_refused_before_it_is_read(server, key):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    connection.putrequest("POST", f"/image?chat={key}")
-    connection.putheader("Content-Length", "200000000")
-    connection.endheaders()
-    reply = connection.getresponse()
-    assert reply.status == 400 and reply.read() == f"200,000,000 bytes; at most {UPLOAD_BYTES:,} are taken".encode()
-
-
-def test_foreign_pages_may_not_ask(call, key):
-    for headers in ({"Origin": "http://example.com"}, {"Host": "example.com"}, {"Origin": "null"}):
-        assert call(f"/ask?chat={key}", b"What?", **headers)[0] == 403
-    assert call("/nowhere")[0] == 404
-
-
-def test_the_oldest_conversations_are_forgotten(call, key, server):
-    for _ in range(CHATS):
-        call("/new", b"")
-    assert len(server.chats) == CHATS and key not in server.chats
+def test_a_large_upload_is_refused(call):
+    body = b"\r\n".join([b"--x", b'Content-Disposition: form-data; name="files"; filename="a.png"', b"", b"x" * 50_000_001, b"--x--", b""])
+    assert call("/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"})[0] == 413

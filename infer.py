@@ -1,281 +1,247 @@
-"""What does it answer for my page?
+"""What does the model answer about my page?
 
     python infer.py --model runs/my-run --image receipt.png "What is the total amount?"
     python infer.py --image a.png --image b.png "What differs between the two pages?"
-    python infer.py --video clip.mp4 "What happens?"                              8 frames; needs pip install av, a GIF does not
-    python infer.py --web                                                         the same in a browser
-    python infer.py --image https://example.com/page.jpg                          no question: a chat
-    python infer.py --questions questions.jsonl --batch 8 > answers.jsonl         {"question", "images"} a line
-    python infer.py --folder scans --out answers.jsonl "What is the date?"        the same of every image, goes on when repeated
-    python infer.py --evaluate DATA --predictions predictions.json                a whole split, with its scores
+    python infer.py --video clip.mp4 "What happens?"                         8 frames; pip install av, not for a GIF
+    python infer.py --web                                                    the same in a browser
+    python infer.py --image https://example.com/page.jpg                     no question: a chat
+    python infer.py --questions questions.jsonl --batch 8 > answers.jsonl    {"question", "images"} per line
+    python infer.py --folder scans --out answers.jsonl "What is the date?"   about every image; repeat it to resume
+    python infer.py --evaluate DATA --predictions predictions.json           a whole split, with its scores
 
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
-import functools
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
-from data import PageDataset, group_rows_into_pages, load_examples
-from extras.sources import open_rows
-from model.images import load_image
-from extras.chat_cli import SETTINGS, answer_one, converse, tell
-from extras.explain import explain
-from extras.int8 import to_int8
-from extras.many import answer_many, folder_questions, go_on, read_questions
-from extras.pictures import draw_attention, draw_tiles, save_picture
-from extras.score import SCORES
-from extras.split import evaluate
-from extras.video import read_video
-from extras.web import Server
+from extras.video import load_images, read_video
 from model import InputError, InternVL
-from model.errors import OneLineParser, float_in, run, int_in
-from model.generate import generate
+from model.errors import OneLineParser, float_in, int_in, run
 from model.prompt import clean
-from model.tiling import read_image
 
-PDF_DPI, PDF_PAGES = 200, 40                    # resolution that pages are drawn at, as of the scans in DocumentVQA
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that could be orders to a terminal
 
 
-# -------------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 def parse_arguments():
     parser = OneLineParser(description=__doc__, usage="%(prog)s [FLAG ...] [QUESTION]")
-    add_asked(parser.add_argument_group("what is asked"))
-    add_many(parser.add_argument_group("many questions"))
-    add_answer(parser.add_argument_group("how it is answered"))
-    add_inside(parser.add_argument_group("what the model sees"))
-    add_machine(parser.add_argument_group("machine and browser"))
-    if parser.parse_args().tiny:
-        parser.set_defaults(model="tiny", device="cpu")
+    add_input_flags(parser.add_argument_group("one question"))
+    add_mode_flags(parser.add_argument_group("other ways to ask (choose one)"))
+    add_file_flags(parser.add_argument_group("many questions"))
+    add_answer_flags(parser.add_argument_group("the answer"))
+    add_picture_flags(parser.add_argument_group("what the model sees"))
+    add_machine_flags(parser.add_argument_group("machine"))
     arguments = parser.parse_args()
-    for broken, message in rules(arguments):
-        if broken:
+    if arguments.tiny:
+        parser.set_defaults(model="tiny", device="cpu")
+        arguments = parser.parse_args()
+    for wrong, message in conflicts(arguments):
+        if wrong:
             parser.error(message)
     return arguments
 
 
-def add_asked(group):
+def add_input_flags(group):
     group.add_argument("question", nargs="?", type=clean,
-                       help="what to ask; none: a chat, or one question a line from standard input")
+                       help="the question; without it: a chat, or one question per line of standard input")
     group.add_argument("--model", default="OpenGVLab/InternVL2-1B",
                        help="Hub id, model, run or adapter folder, or checkpoint (%(default)s)")
     group.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
-                       help="an image, a PDF (scan.pdf#2: its second page), - for standard input; may be given several times")
+                       help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
     group.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
-    group.add_argument("--frames", type=int_in(1), default=8, help="frames seen of a video, one tile each (%(default)s)")
+    group.add_argument("--frames", type=int_in(1), default=8, help="frames of the video, one tile each (%(default)s)")
     group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
 
-def add_many(group):
-    group.add_argument("--questions", metavar="FILE.jsonl", help='answer many: {"question": ..., "images": [...]} a line; '
-                       'one that cannot be answered gets an "error" for its answer')
-    group.add_argument("--folder", metavar="DIR", help="ask QUESTION of every image and PDF in a folder, likewise")
-    group.add_argument("--out", metavar="FILE.jsonl", help="add their answers to a file, after those it holds already")
-    group.add_argument("--evaluate", metavar="DATA",
+def add_mode_flags(group):
+    modes = group.add_mutually_exclusive_group()
+    modes.add_argument("--questions", metavar="FILE.jsonl",
+                       help='answer many: {"question": ..., "images": [...]} per line; a question that cannot be '
+                       'answered gets an "error" instead')
+    modes.add_argument("--folder", metavar="DIR", help="ask QUESTION about every image and PDF in a folder")
+    modes.add_argument("--evaluate", metavar="DATA",
                        help="answer and score a whole split: Hub id, local folder in Hub layout, or file")
+    modes.add_argument("--web", action="store_true", help="the chat in a browser, for this machine alone")
+    modes.add_argument("--explain", metavar="FILE.html",
+                       help="write what happens to the image and the question, step by step, as a page for the browser")
+
+
+def add_file_flags(group):
+    group.add_argument("--out", metavar="FILE.jsonl",
+                       help="append the answers of --questions or --folder to a file; what it answers is skipped")
     group.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
     group.add_argument("--predictions", metavar="FILE.json",
-                       help="answers of --evaluate, as the challenge takes them; goes on where it was interrupted")
-    group.add_argument("--batch", type=int_in(1), default=1,
-                       help="questions, or pages of --evaluate, answered at once (%(default)s)")
+                       help="answers of --evaluate in the challenge's format; what it answers is skipped")
+    group.add_argument("--batch", type=int_in(1), default=1, help="pages answered at once (%(default)s)")
 
 
-def add_answer(group):
-    group.add_argument("--max-tiles", type=SETTINGS["max_tiles"], default=12,
+def add_answer_flags(group):
+    group.add_argument("--max-tiles", type=int_in(1, 128), default=12,
                        help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
-    group.add_argument("--max-new-tokens", type=SETTINGS["max_new_tokens"], default=512,
+    group.add_argument("--max-new-tokens", type=int_in(1), default=512,
                        help="longest answer, in tokens (%(default)s)")
-    group.add_argument("--temperature", type=SETTINGS["temperature"], default=0.0,
+    group.add_argument("--temperature", type=float_in(0, 1000), default=0.0,
                        help="0: always the likeliest token (%(default)s)")
-    group.add_argument("--top-p", type=SETTINGS["top_p"], default=1.0,
+    group.add_argument("--top-p", type=float_in(1e-6, 1), default=1.0,
                        help="draw from the likeliest tokens of this probability (%(default)s)")
-    group.add_argument("--seed", type=SETTINGS["seed"], default=0, help="of drawn tokens (%(default)s)")
+    group.add_argument("--seed", type=int_in(0), default=0, help="of drawn tokens (%(default)s)")
     group.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
 
 
-def add_inside(group):
+def add_picture_flags(group):
     group.add_argument("--show", metavar="FILE.png", help="draw the first image as it is cut into tiles")
-    group.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens looked on the images")
-    group.add_argument("--explain", metavar="FILE.html",
-                       help="write what happened to the image and the question, step by step, to be read in a browser")
+    group.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens look on the images")
 
 
-def add_machine(group):
+def add_machine_flags(group):
     group.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
-    group.add_argument("--int8", action="store_true", help="weights of a byte: least memory, faster with bfloat16 on a CPU")
-    group.add_argument("--web", action="store_true", help="the chat in a browser, for this machine alone")
+    group.add_argument("--int8", action="store_true",
+                       help="one byte per weight: least memory, faster with bfloat16 on a CPU")
     group.add_argument("--port", type=int_in(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
 
 
-def rules(flags):
-    """What cannot be asked for together: (whether it is, what to do instead)."""
+def conflicts(flags):
+    """(whether flags contradict each other, what to do instead) pairs."""
     asked, pictures = flags.question is not None, bool(flags.image or flags.video)
-    one_shot = asked or pictures
+    drawn = flags.show or flags.attend
     return (
-        (flags.questions and one_shot,
-         "--questions names the questions and images itself; give no QUESTION and no --image or --video beside it"),
-        (flags.folder and (not asked or pictures or flags.questions),
-         "--folder asks one QUESTION of the images in a folder; give one, and no --image, --video or --questions"),
-        (flags.out and not (flags.questions or flags.folder),
-         "--out is for the answers of --questions or --folder"),
-        *((path and not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path or '').parent}; make it first")
-          for path in (flags.out, flags.predictions)),
-        ((flags.attend or flags.show) and not (asked and pictures),
-         "--show and --attend are for a QUESTION about an --image or a --video"),
-        (flags.explain and not (asked and len(flags.image) == 1),
-         "--explain is for a QUESTION about one --image"),
-        (flags.explain and (flags.show or flags.attend or flags.json or flags.video or flags.temperature),
-         "--explain tells of one image and its likeliest answer; give no --show, --attend, --json, --video or --temperature"),
-        (flags.web and (one_shot or flags.questions),
-         "--web takes images and questions in the browser; give none beside it"),
-        ("-" in flags.image and not asked,
-         "--image - reads the image from standard input; give a QUESTION beside it"),
-        (flags.evaluate and (one_shot or flags.questions or flags.folder or flags.web),
-         "--evaluate names the questions and images itself; give no QUESTION and no images beside it"),
+        (asked and not flags.question.strip(), "the question is empty; write what you want to know"),
+        ((flags.questions or flags.evaluate or flags.web) and (asked or pictures),
+         "--questions, --evaluate and --web have their own questions and images; give no QUESTION, --image or --video"),
+        (flags.folder and (not asked or pictures),
+         "--folder asks one QUESTION about the images in a folder; give one, and no --image or --video"),
+        (flags.explain and not (asked and len(flags.image) == 1), "--explain is for a QUESTION about one --image"),
+        (flags.explain and (drawn or flags.json or flags.video or flags.temperature),
+         "--explain follows one likeliest answer; give no --show, --attend, --json, --video or --temperature"),
+        (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
+        ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
+        (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
         ((flags.predictions or flags.split) and not flags.evaluate,
          "--predictions and --split belong to --evaluate DATA"),
-        (asked and not flags.question.strip(),
-         "the question is empty; write what you want to know"),
+        *((not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path).parent}; make it first")
+          for path in (flags.out, flags.predictions) if path),
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------------ the model, a question
 
-def load_images(source, allow_private=False):
-    """The Pillow images behind a path, an address, - for standard input, or a PDF's pages. Raises InputError."""
-    if source == "-":
-        return [read_image(sys.stdin.buffer.read(), "standard input")]
-    path, _, number = source.rpartition("#") if re.search(r"\.pdf#\d+$", source, re.IGNORECASE) else (source, "", "")
-    if "://" in source or not path.lower().endswith(".pdf"):
-        return [load_image(source, allow_private)]
-    try:
-        import pypdfium2
-    except ImportError as error:
-        raise InputError(f"{source}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
-    try:
-        with pypdfium2.PdfDocument(path) as document:
-            pages = [int(number) - 1] if number else range(len(document))
-            if len(pages) > PDF_PAGES:
-                raise InputError(f"{source}: {len(pages)} pages, at most {PDF_PAGES} at once; choose one with {source}#1")
-            return [document[page].render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
-    except (OSError, IndexError, pypdfium2.PdfiumError) as error:
-        raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
+def load_model(arguments):
+    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    if arguments.int8:
+        from extras.int8 import to_int8
+        to_int8(model)
+    return model
 
 
-# ---------------------------------------------------------------------------------------------------------------- answers
-
-def generate_with(model, arguments):
-    """`generate` with its model and settings: (tiles, prompt) pairs and, if there are any, their `caches` -> steps."""
-    def steps(pages, **caches):
-        return generate(model, pages, arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed,
-                        **caches)
-    return steps
+def generation(arguments):
+    """The settings of `generate`."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
 
 
-def answer_file(model, arguments, asked, load):
-    """Print one object a line for each of the (question, sources) pairs, or add it to --out."""
-    out, done = go_on(Path(arguments.out), asked) if arguments.out else (sys.stdout, 0)
-    asked = asked[done:]
-    answers = answer_many(model, asked, load, generate_with(model, arguments), arguments.max_tiles, arguments.max_new_tokens,
-                          arguments.batch)
-    for (_, sources), answer in zip(asked, answers):
-        print(json.dumps(answer | {"images": sources}, ensure_ascii=False), file=out, flush=True)
+def open_chat(arguments):
+    """A chat that has been shown the images and frames."""
+    # read before the model is loaded: a wrong path is reported at once
+    images = [image for source in arguments.image for image in load_images(source, arguments.allow_private)]
+    frames = read_video(arguments.video, arguments.frames, arguments.span) if arguments.video else []
+    chat = load_model(arguments).chat(max_tiles=arguments.max_tiles, **generation(arguments))
+    for image in images:
+        chat.add_image(image)
+    chat.add_video(frames)
+    return chat
 
 
-def answer_split(model, arguments):
-    """Answer a whole split, print its scores."""
-    names = ("model", "evaluate", "split", "max_tiles", "max_new_tokens", "temperature", "top_p", "seed", "int8")
-    settings = {name: getattr(arguments, name) for name in names} | {"dtype": str(model.dtype).split(".")[-1]}
+def answer(arguments):
+    """Print the answer to one QUESTION, as it comes, and draw the pictures of --show and --attend."""
+    chat = open_chat(arguments)
+    if arguments.show:
+        from extras.pictures import draw_tiles, save_picture
+        save_picture(draw_tiles(chat, chat.pictures[0]), arguments.show)
+    for text in chat.stream(arguments.question):
+        if not arguments.json:
+            print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(json.dumps(chat.report, ensure_ascii=False) if arguments.json else "", flush=True)
+    if arguments.attend:
+        from extras.pictures import draw_attention, save_picture
+        save_picture(draw_attention(chat), arguments.attend)
+
+
+# ---------------------------------------------------------------------------------------------------------- other modes
+
+def answer_many(arguments):
+    from extras.evaluate import answer_questions, folder_questions, read_questions
+    asked = (folder_questions(arguments.folder, arguments.question) if arguments.folder
+             else read_questions(Path(arguments.questions)))
+    answer_questions(load_model(arguments), asked, arguments.out and Path(arguments.out), arguments.max_tiles,
+                     arguments.batch, arguments.allow_private, **generation(arguments))
+
+
+def evaluate(arguments):
+    from extras.evaluate import evaluate_rows
+    from extras.score import print_scores
+    from extras.sources import open_rows
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
-    max_length = model.config.language.max_positions - arguments.max_new_tokens
-    examples = PageDataset(model, arguments.max_tiles, max_length, arguments.allow_private)
-    workers = min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0
-    load = functools.partial(load_examples, examples=examples, workers=workers)
-    path = Path(arguments.predictions) if arguments.predictions else None
-    pages = group_rows_into_pages(rows, answered=False)
-    answers, table = evaluate(model, pages, load, examples.write, generate_with(model, arguments), settings,
-                              arguments.batch, path)
+    model = load_model(arguments)
+    settings = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", "max_tiles")}
+    settings |= generation(arguments) | {"int8": arguments.int8, "dtype": str(model.dtype).split(".")[-1]}
+    answers, table = evaluate_rows(model, rows, settings, arguments.predictions and Path(arguments.predictions),
+                                   arguments.batch, arguments.allow_private)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:
         print_scores(answers, table, settings)
 
 
-def print_scores(answers, table, settings):
-    print(f"{len(answers)} questions, {table['all']['questions'] if table else 0} of them with an answer to compare with; "
-          + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    print(f"{'':<32} questions  " + "  ".join(SCORES))
-    for name, row in table.items():
-        print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))
-
-
-def talk(model, arguments, images, frames, settings, load):
-    """A chat about the images and frames, or one QUESTION, with the pictures of --show and --attend."""
-    chat = model.chat(**settings)
-    for image in images:
-        chat.add_image(image)
-    chat.add_video(frames)
-    if arguments.show:
-        save_picture(draw_tiles(chat, chat.pictures[0]), arguments.show)
-    if arguments.question is None:
-        return converse(chat, load, arguments.json)
-    answer_one(chat, arguments.question, arguments.json)
-    if arguments.attend:
-        save_picture(draw_attention(chat), arguments.attend)
-
-
-def explain_to(path, model, image, question, settings):
-    """Write the explanation; print the answer, which is greedy."""
-    text, answer = explain(model, image, question, settings["max_tiles"], settings["max_new_tokens"])
+def explain(arguments):
+    """Write the page for the browser; print the answer, which is greedy."""
+    from extras.explain import explain
+    image = load_images(arguments.image[0], arguments.allow_private)[0]
+    model = load_model(arguments)
+    text, likeliest = explain(model, image, arguments.question, arguments.max_tiles, arguments.max_new_tokens)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(arguments.explain).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); expected a name like out.html "
+        raise InputError(f"{arguments.explain}: cannot be written ({error.strerror}); expected a name like out.html "
                          "in a folder that exists") from error
-    print(answer)
+    print(likeliest)
 
 
-def browse(model, port, settings):
+def browse(arguments):
+    from extras.web import Server
+    model = load_model(arguments)
     try:
-        server = Server(model, port, **settings)
+        server = Server(model, arguments.port, max_tiles=arguments.max_tiles, **generation(arguments))
     except OSError as error:
-        raise InputError(f"--port {port}: cannot be listened on ({error}); give another one, or 0 for a free one") from error
-    tell(f"http://127.0.0.1:{server.server_port}   Ctrl-C ends")
+        raise InputError(f"--port {arguments.port}: cannot be opened ({error}); give another, or 0 for any") from error
+    print(f"http://127.0.0.1:{server.server_port}   Ctrl-C ends", file=sys.stderr, flush=True)
     server.serve_forever()
+
+
+def converse(arguments):
+    from extras.chat_cli import converse
+    converse(open_chat(arguments), lambda source: load_images(source, arguments.allow_private), arguments.json)
 
 
 def main():
     arguments = parse_arguments()
-    load = functools.partial(load_images, allow_private=arguments.allow_private)
-    # before the model: a wrong path is told at once
-    images = [image for source in arguments.image for image in load(source)]
-    frames = read_video(arguments.video, arguments.frames, arguments.span) if arguments.video else []
-    many = None
-    if arguments.questions:
-        many = read_questions(Path(arguments.questions))
-    elif arguments.folder:
-        many = folder_questions(arguments.folder, arguments.question)
-    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
-    if arguments.int8:
-        to_int8(model)
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    if arguments.evaluate:
-        answer_split(model, arguments)
-    elif many is not None:
-        answer_file(model, arguments, many, load)
-    elif arguments.web:
-        browse(model, arguments.port, settings)
+    if arguments.questions or arguments.folder:
+        answer_many(arguments)
+    elif arguments.evaluate:
+        evaluate(arguments)
     elif arguments.explain:
-        explain_to(arguments.explain, model, images[0], arguments.question, settings)
+        explain(arguments)
+    elif arguments.web:
+        browse(arguments)
+    elif arguments.question is None:
+        converse(arguments)
     else:
-        talk(model, arguments, images, frames, settings, load)
+        answer(arguments)
 
 
 if __name__ == "__main__":

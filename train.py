@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
+from extras.evaluate import answer_batch
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.score import anls, exact_match
@@ -29,7 +30,6 @@ from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
 from model.errors import OneLineParser, add_switch, float_in, int_in, names_in, run, warn
-from model.generate import generate
 from model.lora import TARGETS, add_adapters
 from model.tiny.pages import DOMAINS
 
@@ -337,7 +337,6 @@ def evaluate(model, examples):
     """
     model.eval()
     total, tokens, answers, skips = 0.0, 0, [], SkipLog()
-    prompts = PageDataset(model, max_length=None)
     for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
@@ -345,12 +344,10 @@ def evaluate(model, examples):
             batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
         total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
-        prompt, _ = prompts.write(page, example.tile_counts, asked=example.kept_questions)
         with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
-            columns = list(zip(*generate(model, [(tiles, prompt)], LONGEST_ANSWER, image_tokens=batch.image_tokens)))
-        for i, ids in zip(example.kept_questions, columns):
-            answer = model.tokenizer.decode([token for token in ids if token is not None], skip_special_tokens=True).strip()
-            answers.append({"page": page.name, "question": page.questions[i], "answer": answer, "expected": page.accepted[i]})
+            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
+        answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
+                     "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
 
     def mean(score):
@@ -379,14 +376,15 @@ def train(args, run, model, optimizer, data, bar, stop):
     pages, validation, steps, all_rows = data
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
-        step, stop.at_once = run.state["step"], True            # a signal ends a validation, or a wait for pages, at once
+        stop.allow()                                            # a signal ends a validation, or a wait for pages, at once
+        step = run.state["step"]
         last = args.steps is not None and step >= args.steps
         if args.eval_every and step not in run.losses and (last or step % args.eval_every == 0):
             run.log_validation(bar, pages, *evaluate(model, validation))
-        stop.at_once = False                                    # a signal does not interrupt a checkpoint
+        stop.hold()                                             # but not a checkpoint, nor a step
         if step > run.saved and (last or args.save_every and step % args.save_every == 0):
             run.save(model, optimizer)
-        stop.at_once = True
+        stop.allow()
         if last:
             break
         started = time.perf_counter()
@@ -394,7 +392,8 @@ def train(args, run, model, optimizer, data, bar, stop):
         if pages_of_step is None:                               # --epochs are over: validate, save, end
             args.steps = step
             continue
-        data_wait, stop.at_once = time.perf_counter() - started, False          # a signal waits for the end of the step
+        stop.hold()
+        data_wait = time.perf_counter() - started
         run.micro_batches, examples = pages_of_step.micro_batches, pages_of_step.examples
         rows = run.state["rows"] + sum(page.rows for page in pages_of_step.pages) / 2
         progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
@@ -426,8 +425,6 @@ def train(args, run, model, optimizer, data, bar, stop):
                 questions=questions, answer_tokens=tokens, data_wait=data_wait, peak_gb=peak_gb(args.device),
                 questions_per_second=questions / (time.perf_counter() - started))
         bar.update(100 * min(1, max((step + 1) / (args.steps or math.inf), run.state["rows"] / all_rows)) - bar.n)
-        if stop.number:
-            raise SystemExit(128 + stop.number)
 
 
 def main():
@@ -442,7 +439,7 @@ def main():
     with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
           run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
-        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["pages"])
+        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
         data = open_data(args, model, run.state, skips)
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]

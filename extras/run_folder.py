@@ -28,7 +28,7 @@ class RunFolder:
     """The folder of a run, and how far the run is.
 
     `state`, which every checkpoint holds: the steps done; epoch, block and pages of the block that are done (data.py's
-    `resume`); and how many rows, pages and questions were used in all.
+    `resume`); pages done in this epoch; rows and questions used in all.
     """
 
     def __init__(self, args):
@@ -75,7 +75,7 @@ class RunFolder:
                     raise
                 raise InputError(message) from error
         except (InputError, SystemExit) as end:
-            stop.at_once = False
+            stop.hold()
             if self.whole and self.state["step"] > self.saved and self.path.exists():
                 self.save(model, optimizer)
             if isinstance(end, SystemExit):
@@ -105,11 +105,10 @@ class RunFolder:
 
     def count(self, step):
         """A step is done: note how far the run is, and from where its data resumes."""
-        state = self.state
-        state["epoch"], state["block"], state["index"] = step.pages[-1].resume
-        state["step"] += 1
+        state, (epoch, block, index) = self.state, step.pages[-1].resume
+        state["pages"] = len(step.pages) + (state["pages"] if epoch == state["epoch"] else 0)
+        state.update(epoch=epoch, block=block, index=index, step=state["step"] + 1)
         state["rows"] += sum(page.rows for page in step.pages)
-        state["pages"] += len(step.pages)
         state["questions"] += sum(len(example.kept_questions) for example in step.examples)
         self.whole = True
 
@@ -147,7 +146,7 @@ def position(line):
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM. The first one sets `number`, and raises SystemExit if `at_once`; a second one is not caught.
+    """Ctrl-C or SIGTERM raises SystemExit: at once, or after `hold` at the next `allow`. A second one is not caught.
 
     The exit status is the usual one of a program ended by a signal: 130 and 143.
     """
@@ -164,6 +163,16 @@ class StopSignal:
              "a second one stops at once")
         if self.at_once:
             raise SystemExit(128 + number)
+
+    def hold(self):
+        """From here on a signal has to wait."""
+        self.at_once = False
+
+    def allow(self):
+        """From here on a signal ends the run at once, as does one that had to wait."""
+        self.at_once = True
+        if self.number:
+            raise SystemExit(128 + self.number)
 
     def restore_handlers(self):
         for number, handler in self.handlers.items():
@@ -191,14 +200,15 @@ def keep_lines(path, wanted):
 
 
 class SkipLog:
-    """Counts and names what is skipped; stops the run when more than 1 % of its pages cannot be used.
+    """Counts and names what is skipped; stops the run when more than 1 % of an epoch's pages cannot be used.
 
-    `path`: a jsonl file that gets a line for each, and holds those of before. `read`: pages read before.
+    `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands, and the
+    pages of this epoch that were read before.
     """
     PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
 
-    def __init__(self, path=None, read=0):
-        self.path, self.lines, self.read = path, read_lines(path) if path else [], read
+    def __init__(self, path=None, epoch=0, read=0):
+        self.path, self.lines, self.epoch, self.read = path, read_lines(path) if path else [], epoch, read
 
     def add(self, page, what, count, reason):
         epoch, block, index = page.resume
@@ -213,13 +223,13 @@ class SkipLog:
     def usable(self, example):
         """Whether an example can be used; notes what of it is skipped."""
         page = example.page
-        self.read += 1
+        self.epoch, self.read = page.epoch, self.read + 1 if page.epoch == self.epoch else 1
         if page.unanswered:
             self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
         if example.error:
             self.add(page, self.PAGE, 1, example.error)
             warn(f"page {page.name}: {example.error}; skipped")
-            if self.read >= 100 or self.count(self.PAGE) == self.read == 5:
+            if self.read >= 100 or self.read == 5 == len(self.skipped_pages()):
                 self.check_limit()
         elif example.too_long:
             self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
@@ -227,9 +237,13 @@ class SkipLog:
                  f"skipped, the first: {example.too_long[0][:200]!r}")
         return not example.error
 
+    def skipped_pages(self):
+        """The lines of the pages of this epoch that cannot be used."""
+        return [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
+
     def check_limit(self):
         """Raise InputError if too many pages cannot be used: all of them, or several and more than 1 %."""
-        skipped = [line for line in self.lines if line["left_out"] == self.PAGE]
+        skipped = self.skipped_pages()
         if len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0:
             raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is page "
                              f"{skipped[-1]['page']}: {skipped[-1]['reason']}")

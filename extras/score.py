@@ -109,3 +109,12 @@ def score_table(answers):
                 row.append(scored)
     return {name: {"questions": len(row)} | {score: sum(line[score] for line in row) / len(row) for score in SCORES}
             for name, row in rows.items() if row}
+
+
+def print_scores(answers, table, settings):
+    """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
+    print(f"{len(answers)} questions, {table['all']['questions'] if table else 0} of them with an answer to compare with; "
+          + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"{'':<32} questions  " + "  ".join(SCORES))
+    for name, row in table.items():
+        print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))

@@ -1,15 +1,52 @@
-"""Which frames of a video does the model see? A few, evenly spread; each is one tile.
+"""How does a file of several pictures become images? Every page of a PDF; evenly spread frames of a video, a tile each.
 
-PyAV reads films and is imported only for them (pip install av); animated GIF, WebP and PNG need nothing but Pillow.
-Source: the model card of InternVL2.
+PyAV reads films (pip install av), pypdfium2 reads PDF (pip install pypdfium2); each is imported only for its files.
+Animated GIF, WebP and PNG need nothing but Pillow.
+Source of the frames: the model card of InternVL2.
 """
+import re
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageSequence
 
 from model.errors import InputError
+from model.images import load_image
+from model.tiling import read_image
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")
+PDF_DPI, PDF_PAGES = 200, 40                    # the resolution of DocumentVQA's scans; the most pages at once
+
+
+# ---------------------------------------------------------------------------------------------------------- images, PDF
+
+def load_images(source, allow_private=False):
+    """The Pillow images of a path, an address, a PDF or, for "-", of standard input. Raises InputError."""
+    if source == "-":
+        return [read_image(sys.stdin.buffer.read(), "standard input")]
+    if "://" not in source and re.search(r"\.pdf(#\d+)?$", source, re.IGNORECASE):
+        return read_pdf(source)
+    return [load_image(source, allow_private)]
+
+
+def read_pdf(source):
+    """The pages of a PDF file, or page N of "FILE#N": Pillow images, RGB. Raises InputError if it cannot be read."""
+    path, number = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise InputError(f"{source}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
+    try:
+        with pypdfium2.PdfDocument(path) as document:
+            pages = [int(number) - 1] if number else range(len(document))
+            if len(pages) > PDF_PAGES:
+                raise InputError(f"{source}: {len(pages)} pages, at most {PDF_PAGES} at once; choose one: {source}#1")
+            return [document[page].render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
+    except (OSError, IndexError, pypdfium2.PdfiumError) as error:
+        raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- frames
 
 
 def frame_places(count, frames, per_second=1.0, span=None):

@@ -1,4 +1,6 @@
 """How does a file, its bytes or an address become RGB pixels?"""
+from PIL import Image
+
 from model.network import fetch
 from model.tiling import compressed, image_size, read_image
 
@@ -6,7 +8,9 @@ __all__ = ["compressed", "image_size", "load_image"]
 
 
 def load_image(source, allow_private=False):
-    """A Pillow image from a file's bytes (or what `bytes()` makes them of), a path or an http(s) address. Raises InputError."""
+    """A Pillow image from itself, from the bytes of a file, a path or an http(s) address. Raises InputError."""
+    if isinstance(source, Image.Image):
+        return source
     if not isinstance(source, str):
         return read_image(source)
     if source.startswith(("http://", "https://")):

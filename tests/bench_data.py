@@ -1,15 +1,20 @@
-"""How many pages a second does one core decode, tile and tokenise? Ours beside the usual path, interleaved, and the same bytes.
+"""How many pages a second does one core decode, tile and tokenize? Ours beside the usual path, interleaved, and the same bytes.
 
     python tests/bench_data.py [--passes 5] [--image SCAN.png]
+    python tests/bench_data.py --hub 1500 --delay 0.2           streamed through a Hub on this machine that answers late: pages
+                                                                per second and the longest wait for a page
 
 The usual path: Pillow to RGB, resize, one crop a tile, float32, normalize on the host. The page is text with scan noise, 1700 x 2200
 pixels, letter size at 200 dpi: 12 tiles and a thumbnail. Not collected by pytest.
 """
 import argparse
 import io
+import itertools
+import os
 import platform
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +25,7 @@ import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import PageDataset, Page
+from data import Page, PageDataset, load_examples, page_blocks, prefetch
 from model import InternVL
 from model.tiling import choose_grid, read_image
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -61,12 +66,38 @@ def usual(data):
     return torch.stack([(torch.from_numpy(np.asarray(tile).transpose(2, 0, 1).copy()).float() / 255 - mean) / deviation for tile in tiles])
 
 
+def stream(settings):
+    """Print pages per second and the longest wait, of pages in DocumentVQA's layout from a Hub that answers late."""
+    from hub import serve
+    from small_data import mixed_rows, write_split
+    with tempfile.TemporaryDirectory() as folder:
+        folder, name = Path(folder), "owner/pages"
+        with serve(folder, lambda path: time.sleep(settings.delay)) as address:
+            os.environ |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+            write_split(folder / "datasets" / name, "train", mixed_rows(settings.hub), shards=8)
+            from extras.sources import open_rows
+            dataset = PageDataset(InternVL.from_pretrained("tiny", "cpu"), max_tiles=1)
+            started = last = time.perf_counter()
+            waits = []
+            for example in itertools.islice(load_examples(prefetch(page_blocks(open_rows(name, "train"))), dataset, 0), settings.hub):
+                waits.append(time.perf_counter() - last)
+                time.sleep(settings.step)
+                last = time.perf_counter()
+    print(f"{len(waits)} pages, Hub answers after {settings.delay} s: {len(waits) / (last - started):.1f} pages/s; first page after "
+          f"{waits[0]:.2f} s, longest wait for a later one {max(waits[1:]):.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--image", help="an image file of your own")
+    parser.add_argument("--hub", type=int, metavar="PAGES", help="stream so many pages through a Hub on this machine")
+    parser.add_argument("--delay", type=float, default=0.2, help="of every answer of this Hub, in seconds (%(default)s)")
+    parser.add_argument("--step", type=float, default=0.0, help="seconds that training takes for a page (%(default)s)")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    if settings.hub:
+        return stream(settings)
     print(f"one core of {platform.processor() or platform.machine()}; torch {torch.__version__}, Pillow {PIL.__version__}; {time.strftime('%Y-%m-%d')}\n")
     model = InternVL.from_pretrained("tiny", "cpu")
     examples = PageDataset(model)

@@ -65,13 +65,14 @@ def floor(config, examples):
     patches = v.grid ** 2 + 1
     block = 2 * patches * (4 * v.width ** 2 + 2 * v.width * v.mlp_width) + 4 * patches ** 2 * v.width
     merged = v.width * config.shuffle ** 2
-    linear = 2 * l.width * l.head_width * (2 * l.heads + 2 * l.kv_heads) + 6 * l.width * l.mlp_width
+    attention, mlp = 2 * l.width * l.head_width * (2 * l.heads + 2 * l.kv_heads), 6 * l.width * l.mlp_width
     for tiles, prompt in examples:
         total += len(tiles) * (v.layers * block + 2 * v.grid ** 2 * 3 * v.patch_pixels ** 2 * v.width)
         total += len(tiles) * config.tokens_per_tile * (6 * merged * l.width - 2 * merged * l.width + 6 * l.width ** 2)
         tokens, prefix = len(prompt.ids), prompt.branches.count(0)
         seen = prefix ** 2 / 2 + (tokens - prefix) * prefix
-        total += (l.layers - 1) * (2 * linear * tokens + 3.5 * 4 * seen * l.heads * l.head_width)
+        total += l.layers * (2 * attention * tokens + 3.5 * 4 * seen * l.heads * l.head_width)
+        total += (l.layers - 1) * 2 * mlp * tokens                      # the last MLP runs on the answers only
         total += 4 * l.width * l.vocabulary * sum(label != IGNORE_INDEX for label in prompt.labels)
     return total
 

@@ -1,7 +1,9 @@
 """The answer, alone, on standard output; the same answer one by one and many at once; one line for every mistake."""
+import ast
 import http.server
 import json
 import random
+import subprocess
 import sys
 import threading
 
@@ -9,9 +11,14 @@ import pytest
 from PIL import Image
 
 from commands import call, infer, refuses
+from conftest import ROOT
 from data import group_rows_into_pages
+from extras import evaluate
+from extras.score import SCORES
+from extras.video import load_images
 from model.chat import decode
 from model.generate import generate
+from model.images import load_image
 from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
@@ -46,7 +53,7 @@ def ask(folder, capsys, monkeypatch):
 def test_json_says_what_was_read_and_answered(ask, page, tiny):
     result = json.loads(ask("--image", page, "--json", "What is the total?"))
     assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
-    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    tiles = tile_page(load_image(str(page)), 12, 128)
     prompt = write_conversation(tiny.tokenizer, 64, [5], [("What is the total?", None)])
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
@@ -74,7 +81,7 @@ def test_a_seed_draws_the_same_answer_again(ask, page):
 def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
-    tiles = tile_page(infer.load_image(str(page)), 12, 128)
+    tiles = tile_page(load_image(str(page)), 12, 128)
     prompt = write_conversation(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == decode(tiny, tokens)
@@ -106,7 +113,7 @@ def test_a_video_is_shown_frame_by_frame(ask, tmp_path):
     assert part["tiles"] == [1] * 3
 
 
-def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_path, capsys, monkeypatch):
+def test_a_folder_is_asked_page_by_page_and_resumed(folder, ask, page, tmp_path, capsys, monkeypatch):
     scans, out = tmp_path / "scans", tmp_path / "answers.jsonl"
     scans.mkdir()
     for i, size in enumerate(((128, 128), (300, 100), (100, 300))):
@@ -119,31 +126,33 @@ def test_a_folder_is_asked_page_by_page_and_gone_on_with(folder, ask, page, tmp_
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:1]) + b'{"question": "Wha')          # interrupted
     ask(*flags)
     assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
-    assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
+    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
     (scans / "1.png").rename(scans / "3.png")                                                   # the same question about other images
-    assert "not the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
 
 
-def test_answers_to_a_file_of_questions_say_their_images_and_are_gone_on_with(ask, page, tmp_path):
+def test_answers_to_a_file_of_questions_name_their_images_and_are_resumed(folder, ask, page, tmp_path, capsys, monkeypatch):
     asked, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
     asked.write_text(json.dumps({"question": "What?", "image": "page.png"}) + '\n{"question": "Why?"}\n')
     ask("--questions", asked, "--out", out)
     whole = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["images"] for line in whole] == [[str(page)], []]
-    out.write_text(json.dumps({"question": "What?", "answer": "older, without its images"}) + "\n")
+    before = out.read_bytes()
     ask("--questions", asked, "--out", out)
-    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["What?", "Why?"]
+    assert out.read_bytes() == before                                       # nothing was left to answer
+    out.write_text(json.dumps({"question": "What?", "answer": "about which images?"}) + "\n")
+    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked, "--out", out)
 
 
 def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):
-    """Also where they are asked one at a time and do not stand side by side; the answers keep the file's order."""
+    """Also if they do not stand side by side, and however many pages are answered at once; the answers keep the file's order."""
     from model import InternVL
     Image.effect_noise((128, 128), 90).save(tmp_path / "other.png")
     asked = [("A?", ["page.png"]), ("B?", ["other.png"]), ("C?", ["page.png"]), ("D?", []), ("And E?", ["page.png"])]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": q, "images": i}) for q, i in asked))
     seen, see = [], InternVL.encode_images
     monkeypatch.setattr(InternVL, "encode_images", lambda model, tiles: seen.append(len(tiles)) or see(model, tiles))
-    for batch, expected in ((1, [5, 1]), (2, [5, 1]), (8, [6])):
+    for batch, expected in ((1, [5, 1]), (2, [6]), (8, [6])):
         seen.clear()
         results = [json.loads(line) for line in ask("--questions", tmp_path / "q.jsonl", "--batch", batch).splitlines()]
         assert [result["question"] for result in results] == [question for question, _ in asked]
@@ -188,8 +197,8 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
     pytest.importorskip("pypdfium2", reason="needs the package pypdfium2")
     extra = [Image.new("RGB", (100, 100))]
     Image.open(page).convert("RGB").save(tmp_path / "scan.pdf", resolution=200, save_all=True, append_images=extra)
-    assert [round(image.width, -1) for image in infer.load_images(str(tmp_path / "scan.pdf"))] == [260, 100]
-    assert [image.size for image in infer.load_images(f"{tmp_path}/scan.pdf#2")] == [(100, 100)]
+    assert [round(image.width, -1) for image in load_images(str(tmp_path / "scan.pdf"))] == [260, 100]
+    assert [image.size for image in load_images(f"{tmp_path}/scan.pdf#2")] == [(100, 100)]
     for bad in ("scan.pdf#3", "nowhere.pdf", "scan.pdf#0"):
         assert "cannot be read as a PDF, or has no such page" in refuses(infer, capsys, monkeypatch, "--model", folder, "--image", tmp_path / bad, "?")
 
@@ -282,6 +291,23 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
     assert message in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
 
 
+def test_a_default_run_imports_only_what_it_needs():
+    """One question about one image: no other mode, no web server, no scores."""
+    imported = {name for node in ast.parse((ROOT / "infer.py").read_text()).body if isinstance(node, ast.ImportFrom) for name in [node.module]}
+    assert {name for name in imported if name.startswith("extras")} == {"extras.video"}
+    code = "import sys, infer; print(*(name for name in sys.modules if name.startswith('extras.')))"
+    found = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
+    assert "extras.video" in found
+    assert not found & {f"extras.{name}" for name in ("evaluate", "chat_cli", "web", "explain", "int8", "score")}
+
+
+def test_modes_exclude_each_other(capsys, monkeypatch):
+    modes = (("--questions", "x"), ("--folder", "x"), ("--evaluate", "x"), ("--web",), ("--explain", "x"))
+    for i, one in enumerate(modes):
+        for other in modes[:i]:
+            assert "not allowed with argument" in refuses(infer, capsys, monkeypatch, *one, *other)
+
+
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
     for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
@@ -308,29 +334,29 @@ def test_a_split_gets_the_same_predictions_in_any_batch_as_one_by_one(ask, split
         assert ask("--image", tmp_path / "one.png", f"{row['question']} Answer the question using a single word or phrase.") == told[row["questionId"]] + "\n"
 
 
-def test_an_interrupted_evaluation_goes_on(ask, split, tmp_path, monkeypatch, folder, capsys):
+def test_an_interrupted_evaluation_is_resumed(ask, split, tmp_path, monkeypatch, folder, capsys):
     table = ask("--evaluate", split, "--predictions", tmp_path / "whole.json", "--json")
-    calls, real_generate = [], infer.generate
-    def breaking(model, pages, *more):
+    calls, real_generate = [], evaluate.generate
+    def breaking(model, pages, **more):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(pages)
-        return real_generate(model, pages, *more)
-    monkeypatch.setattr(infer, "generate", breaking)
+        return real_generate(model, pages, **more)
+    monkeypatch.setattr(evaluate, "generate", breaking)
     flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 6, "--evaluate", split, "--predictions", tmp_path / "p.json")
     assert call(infer, capsys, monkeypatch, *flags)[0] == 130
     assert 0 < len(json.loads((tmp_path / "p.json").read_text())) < len(json.loads((tmp_path / "whole.json").read_text()))
-    monkeypatch.setattr(infer, "generate", lambda *a: calls.append(a[1]) or real_generate(*a))
+    monkeypatch.setattr(evaluate, "generate", lambda model, pages, **more: calls.append(pages) or real_generate(model, pages, **more))
     status, out, err = call(infer, capsys, monkeypatch, *flags, "--json")
     assert status == 0 and len(calls) == 5 and out == table                 # each of the five pages was answered once
     assert (tmp_path / "p.json").read_text() == (tmp_path / "whole.json").read_text()
     assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
     assert "begun with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
-    assert "not those of" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
 
 
 def test_predictions_that_cannot_be_written_are_one_line(folder, split, tmp_path, capsys, monkeypatch):
-    (tmp_path / "p.json.new").mkdir()
+    (tmp_path / "p.json.part").mkdir()
     flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "--evaluate", split, "--predictions", tmp_path / "p.json")
     assert f"{tmp_path / 'p.json'}: cannot be written (Is a directory)" in refuses(infer, capsys, monkeypatch, *flags)
 
@@ -343,7 +369,7 @@ def mislabelled(tmp_path):
     return tmp_path / "q.json"
 
 
-def test_scores_are_those_of_the_answers_told_by_type_and_without_answers_none(folder, tmp_path, capsys, monkeypatch):
+def test_scores_are_those_of_the_answers_by_type_and_none_without_answers(folder, tmp_path, capsys, monkeypatch):
     rows = [row | {"question_types": "form" if row["docId"] % 2 else "table/list"} for row in mixed_rows(4)]
     unanswered = [row | {"answers": None} for row in rows[:7]]
     broken = [row | {"image": {"bytes": b"x", "path": None}} if row["docId"] == 3 else row for row in rows]
@@ -351,25 +377,25 @@ def test_scores_are_those_of_the_answers_told_by_type_and_without_answers_none(f
         write_split(tmp_path / "data", name, written)
     truth = {row["questionId"]: row["answers"][0] for row in rows}
     asked = iter([])
-    def knowing(model, pages, *more):                                       # right but for an answer that has one character too many
+    def knowing(model, pages, **more):                                       # right but for an answer that has one character too many
         texts = [text for _, text in zip(range(sum(max(prompt.branches) for _, prompt in pages)), asked)]
         ids = [model.tokenizer(text).input_ids for text in texts]
         return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
-    monkeypatch.setattr(infer, "generate", knowing)
+    monkeypatch.setattr(evaluate, "generate", knowing)
     order = [name for page in group_rows_into_pages(rows) for name in page.ids]
     asked = iter([truth[name] + ("!" if i == 0 else "") for i, name in enumerate(order)])
     common = ("--model", folder, "--device", "cpu", "--evaluate", tmp_path / "data", "--json", "--max-new-tokens", 50)
     table = json.loads(call(infer, capsys, monkeypatch, *common)[1])
     assert table["all"]["questions"] == len(rows) and table["all"]["exact_match"] == pytest.approx(1 - 1 / len(rows))
     assert table["type form"]["questions"] == sum(row["docId"] % 2 for row in rows) and table["type form"]["anls"] == 1
-    assert 1 - 1 / len(rows) < table["all"]["anls"] < 1 and set(table["all"]) == {"questions", *infer.SCORES}
+    assert 1 - 1 / len(rows) < table["all"]["anls"] < 1 and set(table["all"]) == {"questions", *SCORES}
     asked = iter(["x"] * 99)
     status, out, err = call(infer, capsys, monkeypatch, *common, "--split", "test", "--predictions", tmp_path / "t.json")
     assert status == 0 and json.loads(out) == {} and len(json.loads((tmp_path / "t.json").read_text())) == 7, err
     asked = iter([truth[name] for name in order if name // 100 != 3])
     status, out, err = call(infer, capsys, monkeypatch, *common, "--split", "broken")
     wrong = sum(row["docId"] == 3 for row in rows)
-    assert status == 0 and "3/1: cannot read it as an image" in err and "answered by nothing" in err
+    assert status == 0 and "3/1: cannot read it as an image" in err and "not answered" in err
     assert json.loads(out)["all"]["exact_match"] == pytest.approx(1 - wrong / len(rows))
 
 

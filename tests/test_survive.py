@@ -18,13 +18,14 @@ import pytest
 import torch
 
 import data
-from commands import call, infer, refuses, train
+from commands import call, refuses, train
 from conftest import ROOT
 from data import MOST_QUESTIONS, page_blocks
-from extras import plots, run_folder
+from extras import evaluate, plots, run_folder
 from extras.sources import open_rows
 from model import InputError, InternVL, network
 from model.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from model.images import load_image
 from model.prompt import IGNORE_INDEX, page_prompt
 from model.tiling import choose_grid, read_image, tile_page
 from model.tiny import pages
@@ -173,7 +174,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(fit, monkeypatch, number):
 def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, monkeypatch):
     flags = "--eval-every", 3, "--eval-pages", 2
     _, _, whole = fit("whole", *flags)
-    for owner, name, count in ((data, "tile_page", 7), (train, "generate", 3)):
+    for owner, name, count in ((data, "tile_page", 7), (evaluate, "generate", 3)):
         with monkeypatch.context() as patch:
             at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
             status, err, run = fit("run", *flags)
@@ -478,7 +479,7 @@ def test_addresses_that_lead_astray_or_never_end_are_refused(public, monkeypatch
     address, asked = public
     monkeypatch.setattr(network, "FETCH_SECONDS", 1)
     with pytest.raises(InputError, match=message):
-        infer.load_image(address + path)
+        load_image(address + path)
     assert not any(host.startswith("127.0.0.2") for host in asked)
 
 
@@ -486,5 +487,5 @@ def test_private_addresses_are_refused_under_every_name():
     for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "127.1", "2130706433", "[::ffff:127.0.0.1]"):
         server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
         with pytest.raises(InputError, match="cannot be fetched"):
-            infer.load_image(f"http://{host}:{server.server_port}/x")
+            load_image(f"http://{host}:{server.server_port}/x")
         server.server_close()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from commands import call, refuses, train
 from conftest import ROOT
 from data import group_rows_into_pages
+from extras import evaluate
 from hub import serve
 from model import InternVL
 from model.checkpoint import TINY, official_name
@@ -378,10 +379,10 @@ def test_validation_scores_the_greedy_answers_of_every_question(tiny, monkeypatc
     pages = list(group_rows_into_pages(mixed_rows(3)))
     pages[0].accepted[1] = ["nothing like it", pages[0].answers[1].upper() + " "]
     told = iter([[*page.answers[:-1], "zzz"] for page in pages])            # right but for each page's last question
-    def answering(model, rows, longest, image_tokens):
+    def answering(model, rows, image_tokens, max_new_tokens):
         ids = [tiny.tokenizer(text).input_ids for text in next(told)]
         return ([column[i] if i < len(column) else None for column in ids] for i in range(max(map(len, ids))))
-    monkeypatch.setattr(train, "generate", answering)
+    monkeypatch.setattr(evaluate, "generate", answering)
     seen = []
     monkeypatch.setattr(InternVL, "encode_images", lambda self, tiles, see=InternVL.encode_images: seen.append(len(tiles)) or see(self, tiles))
     measures, answers = train.evaluate(tiny, [PageDataset(tiny, 4)[page] for page in pages])

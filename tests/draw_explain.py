@@ -1,4 +1,4 @@
-"""Draws assets/explain_*, the pictures of "One page, followed" in the README: those that `infer.py --explain` embeds.
+"""Draws assets/explain_*, the pictures of "One page, followed" in model/README.md: those that `infer.py --explain` embeds.
 
     python tests/draw_explain.py
 
@@ -18,7 +18,7 @@ SHOWN = "page", "tiles", "patches", "tokens", "looked", "answer"
 
 
 def example():
-    """The README's page, a Pillow image, and its question."""
+    """The page of model/README.md, a Pillow image, and its question."""
     page, asked = draw_page(random.Random("explain 3"), shape=SHAPES[1])
     return page, next(question for question, _ in asked if "room" in question)
 

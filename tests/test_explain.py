@@ -113,7 +113,7 @@ def test_the_readmes_pictures_are_drawn_anew(tmp_path):
     """Sizes are exact. Pixels are not: Pillow's builds smooth text differently, and processors differ in a sum's last bits,
     which `byte()` can turn into a step of colour and rounding into another digit of a percentage."""
     run = draw_explain.draw(tmp_path)
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## One page, followed")[1].split("\n## ")[0]
+    section = (ROOT / "model" / "README.md").read_text(encoding="utf-8").split("## One page, followed")[1].split("\n## ")[0]
     start = run.prompt.branches.index(1)
     tiles = len(run.picture.tiles)
     for told in (run.chat.turns[0].answer, f"{tiles} tiles", f"tile {run.tile + 1} in", f"{tiles * 256} patches",

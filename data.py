@@ -1,14 +1,14 @@
 """How does a row of a data set become an example?
 
-    rows of DocumentVQA (one per question)  ->  blocks of rows          ->  pages (one image,    ->  tiles and tokens,
-    streamed, images not decoded                read one block ahead        all its questions)       in worker processes
+    rows of DocumentVQA (one per question)  ->  blocks of rows        ->  pages (one image,  ->  tiles and tokens,
+    streamed, images not decoded                read one block ahead      all its questions)     in worker processes
 
-    python data.py check FILE...                is every row of these files right? Prints file:line and the reason where not
-    python data.py show FILE N                  the N-th example, counted from 0, as the model sees it: tiles and tokens
+    python data.py check FILE...            is every row of these files right? Prints file:line and the reason where not
+    python data.py show FILE N              the N-th example, counted from 0, as the model sees it: tiles and tokens
 
-A block of rows is the unit of everything: its rows are gathered into pages, its pages are shuffled together, and a resumed
-run begins by reading its block again. The order of the pages depends on the seed and the epoch alone, never on the number of
-workers. Rows are read in the main process; a DataLoader's workers decode, tile and tokenize whole pages.
+A block of rows is the unit of everything: its rows are gathered into pages, its pages are shuffled together, and a
+resumed run begins by reading its block again. The order of the pages depends on the seed and the epoch alone, never on
+the number of workers. Rows are read in the main process; a DataLoader's workers decode, tile and tokenize whole pages.
 """
 import hashlib
 import itertools
@@ -36,14 +36,14 @@ PAGE_COLUMNS = ("docId", "ucsf_document_page_no")       # columns that tell page
 NAME_COLUMNS = ("questionId", "question_types")         # and columns that predictions and scores use
 FIRST_BLOCK = 512                       # rows of the first block at most, so that the first step does not wait long
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
-AT_START, MID_RUN = 7, 600              # seconds without the network before giving up: at the start, in the middle of a run
+AT_START, MID_RUN = 7, 600              # seconds without the network before giving up: at the start, in mid-run
 LONGEST_PAUSE = 60                      # seconds between two tries
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
 
 def open_hub_rows(data, split):
-    """The rows of one data set in the Hub's layout: on the Hub (`owner/name` or `owner/name:config`) or in a local folder.
+    """The rows of a data set in the Hub's layout: on the Hub (`owner/name`, `owner/name:config`) or in a local folder.
 
     Returns an iterable of dicts with DocumentVQA's columns, images not decoded. Raises InputError.
     """
@@ -59,12 +59,13 @@ def open_hub_rows(data, split):
         raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
     except Exception as error:                          # the classes differ between releases of datasets
         if is_transient(error):
-            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder with "
-                             "--data") from error
+            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder "
+                             "with --data") from error
         if not isinstance(error, (ValueError, OSError)):
             raise
         hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
-        raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet{hint}") from error
+        raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet"
+                         f"{hint}") from error
     columns = rows.column_names or []
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
@@ -118,7 +119,7 @@ class ParquetRows:
 
     def read(self, start):
         from pyarrow import ArrowException
-        first = 0                                               # number of the first row of the file, then of the row group
+        first = 0                                       # number of the first row of the file, then of the row group
         for file in self.files:
             if first + self.sizes.get(file, start + 1) <= start:
                 first += self.sizes[file]
@@ -133,7 +134,7 @@ class ParquetRows:
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
             except ArrowException as error:
-                raise InputError(f"{file}: not a whole parquet file ({error}); repair it, or remove it from the data") from error
+                raise InputError(f"{file}: not a whole parquet file ({error}); repair it, or remove it") from error
 
     def open(self, file):
         import fsspec
@@ -163,19 +164,19 @@ def numbered(rows, start=0):
 
 
 def is_transient(error):
-    """Whether an error may go away by itself: a network that refuses, stalls or breaks off, a Hub that is overloaded."""
+    """Whether an error may go away by itself: a network that refuses, stalls or breaks, a Hub that is overloaded."""
     from huggingface_hub.errors import HTTPError                        # of the HTTP library that this release uses
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return True
-    cause = error.__cause__ or error.__context__                        # "not in the cache", because the Hub did not answer
+    cause = error.__cause__ or error.__context__                # "not in the cache", because the Hub did not answer
     return isinstance(error, OSError) and cause is not None and is_transient(cause)
 
 
 class Backoff:
-    """Pauses between tries: 1, 2, 4, ... 60 seconds, each printed, until `seconds` have passed since the first error."""
+    """Pauses between tries: 1, 2, 4, ... 60 seconds, each printed, until `seconds` after the first error."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -191,7 +192,8 @@ class Backoff:
         if now + self.pause > self.began + self.seconds:
             return False
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warn(f"no answer from the network ({reason}); trying again in {self.pause} s, giving up after {self.seconds} s")
+        warn(f"no answer from the network ({reason}); trying again in {self.pause} s, giving up after "
+             f"{self.seconds} s")
         time.sleep(self.pause)
         self.pause = min(2 * self.pause, LONGEST_PAUSE)
         return True
@@ -219,7 +221,7 @@ class Page:
     questions: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)            # one per question: the answer in the loss
     accepted: list[list[str]] = field(default_factory=list)     # all answers that count as right
-    follows: set[int] = field(default_factory=set)              # questions that continue the conversation of the one before
+    follows: set[int] = field(default_factory=set)              # questions that continue the conversation before
     ids: list = field(default_factory=list)                     # of the questions, in files of predictions
     types: list[list[str]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)             # of the questions: file:line, or their ids
@@ -228,7 +230,7 @@ class Page:
     key: int = field(default=0, compare=False)                  # equal for all rows of a page
     cut: bool = field(default=False, compare=False)             # another part of the page came before
     epoch: int = 0
-    resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it that are done) behind this page
+    resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it done) after this page
     system: str | None = None                                   # as in `write_page`
     history: list = field(default_factory=list)
     question_start: str | None = None
@@ -267,7 +269,8 @@ def page_key(row):
     """
     part = row.get("part", ())
     if "turns" in row:
-        return part, *((row["images"], row["system"]) if row["images"] and not row["question_start"] else (row["place"],))
+        alone = not row["images"] or row["question_start"]
+        return part, *((row["place"],) if alone else (row["images"], row["system"]))
     if row.get("docId") is not None and row.get("ucsf_document_page_no") is not None:
         return part, row["docId"], row["ucsf_document_page_no"]
     return part, hashlib.sha1(image_bytes(row)).hexdigest()
@@ -276,7 +279,8 @@ def page_key(row):
 def new_page(row, key):
     if "turns" in row:
         return Page(row["place"], list(row["images"]), key=hash(key), system=row["system"], history=row["history"],
-                    question_start=row["question_start"], max_tiles=row.get("max_tiles"), augment=row.get("augment", False))
+                    question_start=row["question_start"], max_tiles=row.get("max_tiles"),
+                    augment=row.get("augment", False))
     return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
 
 
@@ -306,15 +310,16 @@ def add_row(page, row, answered=True):
     page.unanswered += not accepted
     if accepted or not answered:
         name = f"{page.name}/{page.rows}" if row.get("questionId") is None else row["questionId"]
-        add_question(page, plain(question) + ("" if row.get("as_written") else INSTRUCTION), accepted[0] if accepted else "",
-                     accepted, name, row.get("question_types"), place=name)
+        question = plain(question) + ("" if row.get("as_written") else INSTRUCTION)
+        add_question(page, question, accepted[0] if accepted else "", accepted, name, row.get("question_types"), name)
 
 
 def add_conversation(page, row):
     several, name = len(row["turns"]) > 1, row["place"] if row["questionId"] is None else row["questionId"]
     for number, (question, answer) in enumerate(row["turns"]):
-        add_question(page, question, answer, row["accepted"] or [answer], f"{name}/{number + 1}" if several else name,
-                     row["question_types"], row["place"], follows=number > 0)
+        of_turn = f"{name}/{number + 1}" if several else name
+        add_question(page, question, answer, row["accepted"] or [answer], of_turn, row["question_types"], row["place"],
+                     follows=number > 0)
 
 
 def add_question(page, question, answer, accepted, name, types, place, follows=False):
@@ -338,12 +343,12 @@ def plain(text):
 def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, answered=True):
     """Yield lists of pages, one block of rows after another: gathered, then shuffled within the block.
 
-    `epochs`: None for no end. `start`: (epoch, block, pages of it that are done), which is the `resume` of the last page that
-    was used; no row before that block is read. `group`: (size, count) of `group_by_length`.
-    A page that is cut by the edge of a block becomes two. Raises InputError for rows that cannot be read, or none at all.
+    `epochs`: None for no end. `start`: (epoch, block, pages of it done), the `resume` of the last page that was used;
+    no row before that block is read. `group`: (size, count) of `group_by_length`. A page that is cut by the edge of a
+    block becomes two. Raises InputError for rows that cannot be read, or none at all.
     """
     epoch, block, done = start
-    placed = -done                      # pages before this block, up to a multiple of a step: a run resumes between steps
+    placed = -done                      # pages before this block, modulo a step: a run resumes between steps
     first = min(FIRST_BLOCK, block_rows)                    # rows of block 0; of every other one block_rows
     while epoch != epochs:
         before, begin = set(), first + (block - 1) * block_rows if block else 0
@@ -365,15 +370,15 @@ def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0,
         except InputError:
             raise
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"the rows of block {block} cannot be read ({type(error).__name__}: {error}); look at the data or "
-                             "the network, then continue with --resume") from error
+            raise InputError(f"the rows of block {block} cannot be read ({type(error).__name__}: {error}); look at the "
+                             "data or the network, then continue with --resume") from error
         if not before and begin == 0:
             raise InputError("the data holds no rows; expected at least one question about one page")
         epoch, block, done, placed = epoch + 1, 0, 0, 0
 
 
 def group_by_length(pages, size, count, draw, placed=0):
-    """Order pages so that each `count` in a row, a micro-batch, have about the same `size(page)`; `draw` shuffles the groups.
+    """Order pages so that each micro-batch, `count` in a row, has a similar `size(page)`; `draw` shuffles these groups.
 
     `placed`: pages before these. The micro-batches that cross the edges of the block get its smallest pages.
     """
@@ -386,7 +391,7 @@ def group_by_length(pages, size, count, draw, placed=0):
 
 
 def prefetch(blocks):
-    """Yield the pages of `blocks`; a thread gathers the next block while this one is used, so two are held at most."""
+    """Yield the pages of `blocks`; a thread gathers the next block while one is used, so two are held at most."""
     ready, wanted = queue.Queue(), threading.Semaphore()
 
     def gather():
@@ -394,7 +399,7 @@ def prefetch(blocks):
             while True:
                 wanted.acquire()
                 ready.put((next(blocks), None))
-        except BaseException as error:                          # raised where the pages are used, not lost in the thread
+        except BaseException as error:                          # raised where the pages are used
             ready.put((None, error))
 
     threading.Thread(target=gather, daemon=True).start()
@@ -466,8 +471,8 @@ class PageDataset(Dataset):
     def write(self, page, tile_counts, asked=None):
         """The prompt of a page, and the indices of the questions left out because they are too long.
 
-        For training every conversation is a branch. With `asked`, indices of questions, each of them is a branch of its own
-        behind the turns before it, and its answer is left open.
+        For training every conversation is a branch. With `asked`, indices of questions, each of them is a branch of its
+        own behind the turns before it, and its answer is left open.
         """
         chains = []
         for i in range(len(page.questions)):
@@ -480,8 +485,8 @@ class PageDataset(Dataset):
         branches = [[(page.questions[i], page.answers[i]) for i in chain] for chain in chains]
         if asked is not None:
             branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
-        prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length,
-                                      page.system, page.history, page.question_start)
+        prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
+                                      self.max_length, page.system, page.history, page.question_start)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
     def size(self, page):
@@ -491,11 +496,12 @@ class PageDataset(Dataset):
             pixels = image_size(image)
             columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
-        return tiles * self.config.tokens_per_tile + sum(len(text.encode()) for text in page.questions + page.answers) // 4
+        text = sum(len(text.encode()) for text in page.questions + page.answers)
+        return tiles * self.config.tokens_per_tile + text // 4
 
 
 def leave_signals_to_the_parent(_):
-    """For a worker: Ctrl-C, and a SIGTERM sent to all processes, are for the main process; a second SIGTERM ends the worker."""
+    """In a worker: leave Ctrl-C and a first SIGTERM to the main process; a second SIGTERM ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -1,11 +1,11 @@
 """How does the loss go down? Fine-tune InternVL2's projector on the questions people asked about scanned documents.
 
-    python train.py                                     InternVL2-1B on DocumentVQA, both streamed from the Hub, one GPU
-    python train.py --tiny                              the same code on a small model and drawn pages: offline, on a CPU
-    python train.py --model FOLDER --data FOLDER        local files in the Hub's layout
+    python train.py                                 InternVL2-1B on DocumentVQA, both from the Hub, one GPU
+    python train.py --tiny                          the same code on a small model and drawn pages: offline, on a CPU
+    python train.py --model FOLDER --data FOLDER    local files in the Hub's layout
 
-Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its loss is
-the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
+Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its
+loss is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
 """
 import itertools
 import math
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from data import PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
-from extras.evaluate import answer_batch
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.score import anls, exact_match
@@ -32,14 +31,15 @@ from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
 from model.errors import warn
 from model.lora import TARGETS, add_adapters
-from model.tiny.pages import DOMAINS
 
 PARTS = ("projector", "lora", "llm", "vision")
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)                                    # what --tiny sets
-# settings that a run cannot change when it resumes: what is trainable, and which page comes next
-FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead", "group_by_length")
+# settings that a resumed run cannot change: what is trainable, and which page comes next
+FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead",
+         "group_by_length")
 LONGEST_ANSWER = 64                     # tokens of an answer in a validation
+PROGRESS = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 EVAL_BLOCK = 512                        # rows of a block of the validation pages
 
 
@@ -48,19 +48,18 @@ EVAL_BLOCK = 512                        # rows of a block of the validation page
 def add_data_flags(parser):
     group = parser.add_argument_group("model and data")
     flag = group.add_argument
-    flag("--tiny", action="store_true", help="small model, drawn pages, CPU: sets "
-         + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items()) + " and larger learning rates")
+    flag("--tiny", action="store_true", help="small model, drawn pages, CPU, larger learning rates; sets "
+         + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items()))
     flag("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
     add_switch(group, "--from-scratch", "random weights in the shape that --model describes")
-    flag("--data", default="zhangfaen/DocumentVQA",
-         help="Hub id, folder in Hub layout, file (.json, .jsonl), or synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
-    flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in 20, "
-         "which is then not trained on)")
-    flag("--domain", type=names_in(DOMAINS, "domain"), default="plain",
-         help="look of synthetic pages, comma-separated (%(default)s)")
+    flag("--data", default="zhangfaen/DocumentVQA", help="Hub id, folder in Hub layout, file (.json, .jsonl), or "
+         "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
+    flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
+         "20, which is then not trained on)")
+    flag("--domain", default="plain", help="look of synthetic pages, comma-separated (%(default)s)")
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
-    flag("--recipe", choices=recipes.RECIPES, help="set the flags as a published recipe does; flags typed beside it win")
+    flag("--recipe", choices=recipes.RECIPES, help="set flags as a published recipe does; typed flags win")
     flag("--max-tiles", type=int_in(1, 128), default=12,
          help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
     flag("--max-length", type=int_in(1), default=8192,
@@ -68,14 +67,14 @@ def add_data_flags(parser):
     add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
     add_switch(group, "--allow-private", "fetch images from addresses of a private network too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1), default=2048,
-         help="rows of a block: gathered into pages and shuffled together; a resumed run begins with a block (%(default)s)")
+    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block: gathered into pages, shuffled together, "
+         "and read again by a resumed run (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
     flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
-    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="the adapter is scaled by alpha / rank (%(default)s)")
+    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapter scale x rank (%(default)s)")
     flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
     flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
          help="layers with an adapter, comma-separated: " + ", ".join(TARGETS) + " (%(default)s)")
@@ -92,25 +91,26 @@ def add_length_flags(parser):
 def add_optimizer_flags(parser):
     flag = parser.add_argument_group("optimizer: AdamW, beta1 0.9").add_argument
     flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
-         help="peak learning rate, or one for each part (" + ", ".join(f"{p}={r:g}" for p, r in recipes.LR.items()) + ")")
+         help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)})")
     flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="AdamW beta2 (%(default)s)")
-    flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="decay after the warmup (%(default)s)")
+    flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine",
+         help="decay after the warmup (%(default)s)")
     flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run for the warmup (%(default)s)")
-    flag("--weight-decay", type=float_in(0, 1000), default=0.01, help="of matrices, not of biases and norms (%(default)s)")
-    flag("--clip", type=float_in(0, 1e9), default=1.0, help="clip the gradient norm to this value; 0: off (%(default)s)")
+    flag("--weight-decay", type=float_in(0, 1000), default=0.01, help="of matrices, not biases or norms (%(default)s)")
+    flag("--clip", type=float_in(0, 1e9), default=1.0, help="largest gradient norm; 0: no clipping (%(default)s)")
 
 
 def add_file_flags(parser):
     flag = parser.add_argument_group("validation and files").add_argument
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
     flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
-    flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: only at the end (%(default)s)")
-    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best validated one (%(default)s)")
+    flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
+    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best one (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
     flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
-         help="of the exported folder: official, transformers (or native, its old name), or the adapter alone (%(default)s)")
+         help="layout of the exported folder; native is the old name of transformers (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
 
 
@@ -118,7 +118,8 @@ def add_machine_flags(parser):
     group = parser.add_argument_group("machine")
     flag = group.add_argument
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
-    flag("--dtype", choices=("float32", "bfloat16"), help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
+    flag("--dtype", choices=("float32", "bfloat16"),
+         help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
     flag("--seed", type=int_in(0), default=0, help="of the order of pages and of random weights (%(default)s)")
     flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
@@ -128,20 +129,23 @@ def add_machine_flags(parser):
 
 
 def parse_args():
-    """The settings of a run, as a namespace with the flags' names: flags, over a recipe, over the resumed run, over defaults."""
+    """The settings of a run, under the flags' names: flags, over a recipe, over a resumed run's, over defaults."""
     parser = OneLineParser(description=__doc__, usage="%(prog)s [FLAG ...]")
-    for add_flags in (add_data_flags, add_lora_flags, add_length_flags, add_optimizer_flags, add_file_flags, add_machine_flags):
+    for add_flags in (add_data_flags, add_lora_flags, add_length_flags, add_optimizer_flags, add_file_flags,
+                      add_machine_flags):
         add_flags(parser)
     args = parser.parse_args()
     if args.resume:
         kept = read_settings(args.resume) | {"out": args.resume}
-        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value        # checked as if typed
+        parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value    # checked as if typed
                                for key, value in kept.items()})
     elif args.tiny:
         parser.set_defaults(**TINY)
     if args.recipe:
         parser.set_defaults(**recipes.RECIPES[args.recipe][1])
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("several GPUs are not supported; start it without torchrun")
     if not args.export and (args.push_to_hub or args.format != "official"):
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
@@ -171,7 +175,7 @@ def learning_rates(text):
 
 
 def choose_rates(parser, args):
-    """The peak learning rate: a number or, where the trainable parts differ in it, text like 'projector=1e-3,lora=1e-4'."""
+    """The peak learning rate: a number or, where the parts differ in it, text like 'projector=1e-3,lora=1e-4'."""
     if isinstance(args.lr, float):
         return args.lr
     trained, typed = args.train.split(","), args.lr or {}
@@ -180,7 +184,7 @@ def choose_rates(parser, args):
     rates = (recipes.TINY_LR if args.tiny else recipes.LR) | typed
     if len({rates[part] for part in trained}) == 1:
         return rates[trained[0]]
-    return ",".join(f"{part}={rates[part]}" for part in trained)
+    return recipes.as_text({part: rates[part] for part in trained})
 
 
 def refuse_another_run(parser, args):
@@ -191,13 +195,13 @@ def refuse_another_run(parser, args):
     kept = read_settings(args.resume)
     for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with; to change that, "
-                         f"begin a run with --model {args.resume}")
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with; to change "
+                         f"that, begin a run with --model {args.resume}")
     held_out = [bool(eval_every) and not eval_data for eval_every, eval_data in
                 ((args.eval_every, args.eval_data), (kept.get("eval_every", 1), kept.get("eval_data")))]
     if held_out[0] != held_out[1] and any(Path(name).is_file() for name, _ in named_parts(args.data)):
-        parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the reverse; "
-                     f"to change that, begin a run with --model {args.resume}")
+        parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the "
+                     f"reverse; to change that, begin a run with --model {args.resume}")
 
 
 # ------------------------------------------------------------------------------------------------- model, optimizer
@@ -247,7 +251,8 @@ def make_optimizer(model, args):
         matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         for group, decay in ((matrices, args.weight_decay), (others, 0.0)):
             if group:
-                groups.append({"params": group, "weight_decay": decay, "lr": peak_lr(args, part), "peak_lr": peak_lr(args, part)})
+                rate = peak_lr(args, part)
+                groups.append({"params": group, "weight_decay": decay, "lr": rate, "peak_lr": rate})
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-8, fused=args.device.startswith("cuda"))
 
 
@@ -263,10 +268,10 @@ def print_run(args, model):
     """The first lines of a run: the model, the data, what is trainable, and the memory of a step."""
     if args.recipe and not args.resume:
         source, sets = recipes.RECIPES[args.recipe]
-        flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}") for key, value in sets.items()
-                         if getattr(args, key) == value)                # without those that were typed otherwise
+        flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+                         for key, value in sets.items() if getattr(args, key) == value)     # not those typed otherwise
         print(f"recipe {args.recipe} ({source}) sets {flags}")
-    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings are in {args.out}/settings.json")
+    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {args.out}/settings.json")
     print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
     for part, parameters in part_parameters(model).items():
         trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
@@ -333,9 +338,10 @@ def open_data(args, model, state, skips):
 def evaluate(model, examples):
     """Validate on some examples -> (measures, answers).
 
-    measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the greedy
-    answers, 0 to 1. answers: one dict per question. All questions of a page are answered from one prefix.
+    measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the
+    greedy answers, 0 to 1. answers: one dict per question.
     """
+    from extras.evaluate import answer_batch
     model.eval()
     total, tokens, answers, skips = 0.0, 0, [], SkipLog()
     for example in filter(skips.usable, examples):
@@ -377,7 +383,7 @@ def train(args, run, model, optimizer, data, bar, stop):
     pages, validation, steps, all_rows = data
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
-        stop.allow()                                            # a signal ends a validation, or a wait for pages, at once
+        stop.allow()                                            # a signal ends a validation or a wait for pages
         step = run.state["step"]
         last = args.steps is not None and step >= args.steps
         if args.eval_every and step not in run.losses and (last or step % args.eval_every == 0):
@@ -402,13 +408,13 @@ def train(args, run, model, optimizer, data, bar, stop):
         # ------------------------------------------------------------------------------------- one optimizer step
         model.train()
         torch.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
-        tokens = sum(example.answer_tokens for example in examples)     # of the whole step: a token weighs the same
-        step_loss = torch.zeros((), device=model.device)                # in whatever micro-batch it is
+        tokens = sum(example.answer_tokens for example in examples)     # of the whole step: every token weighs the same
+        step_loss = torch.zeros((), device=model.device)
         for micro_batch in run.micro_batches:
             batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
             loss = answer_loss(model(batch), batch.targets) / tokens
-            if loss.requires_grad:                                      # not if only the projector is trained, without images
-                loss.backward()                                         # adds to .grad; the activations are freed here
+            if loss.requires_grad:                                      # False: projector only, and no image
+                loss.backward()                                         # adds to .grad; frees the activations
             step_loss += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
         loss, norm = torch.stack([step_loss, norm]).tolist()            # waits for the device
@@ -437,15 +443,16 @@ def main():
     model = load_model(args)
     print_run(args, model)
     optimizer = make_optimizer(model, args)
-    with (tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}", file=sys.stderr) as bar,
-          run.ending(model, optimizer) as stop):
+    with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
         first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
         data = open_data(args, model, run.state, skips)
+        run.begin()
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
         if step == 0 or step == first and (run.path / WEIGHTS).exists():
-            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, or look at --data")
+            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
+                             "or look at --data")
         model.save_pretrained(run.path)
     print(f"{step} steps, {run.state['questions']} questions; {skips}; "
           f"most memory of the process: {peak_gb(args.device):.2f} GB")

@@ -1,4 +1,5 @@
 """Is every row of a data set right, and how does the model see it? The commands `python data.py check` and `show`."""
+import collections
 import itertools
 import sys
 from pathlib import Path
@@ -16,19 +17,19 @@ from model.tokenizer import load_tokenizer
 
 
 def parse_arguments():
-    parser = OneLineParser(description="Check data of your own before you train on it, or see an example as the model does.")
+    parser = OneLineParser(description="Check your data before you train on it, or see an example as the model does.")
     commands = parser.add_subparsers(dest="command", required=True)
-    check_parser = commands.add_parser("check", help="check whole files: print file:line and the reason for every wrong row")
+    check_parser = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
     check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show_parser = commands.add_parser("show", help="show one example: its tiles as a picture, its tokens, and which are in "
-                                      "the loss")
+    show_parser = commands.add_parser("show", help="show one example: a picture of its tiles, its tokens, and which of "
+                                      "them are in the loss")
     show_parser.add_argument("path", metavar="PATH", help="as in check")
     show_parser.add_argument("number", type=int_in(0), metavar="N",
                              help="which example, counted from 0: a page with all its questions")
     show_parser.add_argument("--out", help="the picture's file (show-N.png)")
     for command in (check_parser, show_parser):
-        command.add_argument("--model", help="Hub id or local folder of the model whose tokens and tiles are shown; its weights "
-                             "are not needed (the embedded model; check then judges no lengths)")
+        command.add_argument("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; "
+                             "its weights are not needed (the embedded model; check then judges no lengths)")
         command.add_argument("--max-tiles", type=int_in(1, 128), default=12,
                              help="tiles a page may be cut into (%(default)s)")
         command.add_argument("--max-length", type=int_in(1), default=8192,
@@ -62,11 +63,23 @@ def check(path, dataset, split):
         counts["without an answer"] += page.unanswered
         pictures.update(image for image in page.images if isinstance(image, str))
         problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
-    for place, reason in sorted(problems, key=by_line):
-        print(plain(f"{place}: {' '.join(reason.split())}"))
+    print_problems(path, problems)
     print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
-          + ", ".join(f"{count} {name}" for name, count in counts.items()) + (f", {len(pictures)} images" if parts else ""))
+          + ", ".join(f"{count} {name}" for name, count in counts.items())
+          + (f", {len(pictures)} images" if parts else ""))
     return not problems
+
+
+def print_problems(path, problems):
+    """Print file:line: reason; of a reason that repeats, the first three lines and a count."""
+    reasons = collections.Counter()
+    for place, reason in sorted(problems, key=by_line):
+        reasons[reason] += 1
+        if reasons[reason] <= 3:
+            print(plain(f"{place}: {' '.join(reason.split())}"))
+    for reason, count in reasons.items():
+        if count > 3:
+            print(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}"))
 
 
 def problems_of(example, max_length, in_file):
@@ -94,7 +107,7 @@ def show(arguments, dataset):
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
-        print("these are the embedded model's tokens; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+        print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
     show_example(example, dataset.tokenizer, arguments.out or f"show-{arguments.number}.png")
 
 

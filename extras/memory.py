@@ -1,9 +1,9 @@
-"""Does it fit? What a training step holds in memory, known before the first one.
+"""Does it fit? The memory of a training step, estimated before the first one.
 
-    weights, held already  +  gradients and AdamW's two moments of what trains  +  what autograd keeps for the backward pass
+    weights  +  gradients and AdamW's two moments of the trainable parts  +  activations kept for the backward pass
 
-The last is by far the most and grows with the tokens of a micro-batch. It is counted, not derived: autograd is asked what it
-saves for a page of one tile and for one of two, and the difference is what every further tile costs.
+The activations are by far the most and grow with the tokens of a micro-batch. They are counted, not derived: autograd
+reports what it saves for a page of one tile and for one of two; the difference is the cost of every further tile.
 """
 import sys
 from pathlib import Path
@@ -13,15 +13,16 @@ import torch.nn.functional as F
 
 from model.prompt import write_page
 
-QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4      # about a page of DocumentVQA
+# about a page of DocumentVQA
+QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4
 
 
 def peak_gb(device):
-    """Most memory held so far, in GB: by the GPU's tensors, or by this process (not told on Windows: 0)."""
+    """Peak memory so far, in GB: of the GPU's tensors, or of this process (unknown on Windows: 0)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    if status.exists():                                         # Linux: getrusage would count what the parent held as well
+    if status.exists():                                 # Linux: getrusage would include the peak of the parent
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
     if sys.platform == "win32":
         return 0.0
@@ -30,7 +31,7 @@ def peak_gb(device):
 
 
 def held_gb(device):
-    """Memory held now, in GB; where the system does not tell, the most so far."""
+    """Memory held now, in GB; the peak so far where the system does not report it."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(device) / 1e9
     pages = Path("/proc/self/statm")
@@ -38,7 +39,7 @@ def held_gb(device):
 
 
 def saved_gb(model, tiles):
-    """What autograd keeps of one forward pass over a page of so many tiles, in GB; parameters are not counted."""
+    """What autograd saves in one forward pass over a page of so many tiles, in GB, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -46,19 +47,19 @@ def saved_gb(model, tiles):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()        # several saved tensors may be views of one storage
-        return tensor.detach()                                  # the tensor itself would keep its own graph alive for ever
+        return tensor.detach()                                  # the tensor itself would keep its graph alive
 
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")
-    del loss                                                    # alive until here, so no storage was counted twice or reused
+    del loss                                            # alive until here, so that no storage is reused
     return sum(saved.values()) / 1e9
 
 
 def step_gb(model, max_tiles, batch_pages):
-    """{what: GB} that a training step will hold when every page of a micro-batch has all its tiles, and a few questions."""
+    """{what: GB} of a training step whose pages all have `max_tiles` tiles and a few questions."""
     tiles = max_tiles + (model.config.thumbnail and max_tiles > 1)
     held = held_gb(str(model.device))
     one, two = saved_gb(model, 1), saved_gb(model, 2)

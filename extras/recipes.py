@@ -1,26 +1,36 @@
 """Which settings did others publish for this model? Flags of train.py, by name."""
 
-# Highest learning rates. The official second fine-tuning of InternVL2-1B opens projector and LLM, or LoRA, at 4e-5; its
-# domain adaptation, the one that opens the vision encoder, takes 1e-5. The embedded model's (TINY_LR) were
-# tried: with its LLM or vision encoder at 5e-4 and more it had not learned to read negatives after 250 steps.
+# Peak learning rates. The official second fine-tuning of InternVL2-1B trains projector and LLM, or LoRA, at 4e-5; its
+# domain adaptation, which also trains the vision encoder, uses 1e-5. TINY_LR, for the embedded model, was found by
+# trial: with its LLM or vision encoder at 5e-4 and more it could not read negatives after 250 steps.
 LR = {"projector": 4e-5, "lora": 4e-5, "llm": 4e-5, "vision": 1e-5}
 TINY_LR = {"projector": 5e-3, "lora": 5e-4, "llm": 2e-4, "vision": 2e-4}
-# Published recipes: where they are from, what they set. They count questions in a step, we count pages: DocumentVQA has 3.87
-# questions a page. None sets drop path (0.1 in the official full run) or groups by length, as the originals do.
+# Published recipes: (source, the flags they set). Their batch size counts questions, ours pages (3.87 questions on
+# average). None sets drop path (0.1 in the official full run) or groups by length, as the originals do.
 OFFICIAL = dict(max_tiles=6, max_length=4096, schedule="cosine", warmup=0.03, weight_decay=0.01, beta2=0.999, clip=1.0,
                 batch_pages=1, checkpoint_activations=True)
 RECIPES = {
-    "official-full": ("InternVL 2.0 second fine-tuning of 1B, full: 128 questions a step",
-                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
-    "official-lora": ("InternVL 2.0 second fine-tuning of 1B, LoRA: 16 questions a step",
-                      OFFICIAL | dict(train="lora", lr=4e-5, accumulate=4, lora_rank=16, lora_alpha=32, lora_dropout=0.05,
-                                      lora_targets="llm")),
-    "xtuner-lora": ("XTuner's InternVL2 LoRA with the learning rate and batch of its FoodieQA tutorial: 8 questions a step",
-                    OFFICIAL | dict(train="projector,lora", lr=3e-5, accumulate=2, weight_decay=0.05, max_tiles=12,
-                                    max_length=8192, lora_rank=128, lora_alpha=256, lora_dropout=0.05, lora_targets="llm")),
-    "ms-swift-lora": ("ms-swift's defaults for LoRA, on query, key and value: 16 questions a step",
-                      OFFICIAL | dict(train="lora", lr=1e-4, accumulate=4, warmup=0.05, weight_decay=0.1, beta2=0.95,
-                                      max_tiles=12, lora_rank=8, lora_alpha=32, lora_dropout=0.05, lora_targets="qkv")),
-    "paddlemix-llm": ("PaddleMIX's second fine-tuning of 1B, LLM and projector open: 128 questions a step",
-                      OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
+    "official-full": (
+        "InternVL 2.0 second fine-tuning of 1B, full: 128 questions a step",
+        OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
+    "official-lora": (
+        "InternVL 2.0 second fine-tuning of 1B, LoRA: 16 questions a step",
+        OFFICIAL | dict(train="lora", lr=4e-5, accumulate=4,
+                        lora_rank=16, lora_alpha=32, lora_dropout=0.05, lora_targets="llm")),
+    "xtuner-lora": (
+        "XTuner's InternVL2 LoRA, learning rate and batch of its FoodieQA tutorial: 8 questions a step",
+        OFFICIAL | dict(train="projector,lora", lr=3e-5, accumulate=2, weight_decay=0.05, max_tiles=12, max_length=8192,
+                        lora_rank=128, lora_alpha=256, lora_dropout=0.05, lora_targets="llm")),
+    "ms-swift-lora": (
+        "ms-swift's defaults for LoRA, on query, key and value: 16 questions a step",
+        OFFICIAL | dict(train="lora", lr=1e-4, accumulate=4, warmup=0.05, weight_decay=0.1, beta2=0.95, max_tiles=12,
+                        lora_rank=8, lora_alpha=32, lora_dropout=0.05, lora_targets="qkv")),
+    "paddlemix-llm": (
+        "PaddleMIX's second fine-tuning of 1B, LLM and projector trainable: 128 questions a step",
+        OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
 }
+
+
+def as_text(rates):
+    """{'projector': 1e-3, 'lora': 1e-4} -> 'projector=0.001,lora=0.0001'."""
+    return ",".join(f"{part}={rate:g}" for part, rate in rates.items())

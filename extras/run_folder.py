@@ -2,7 +2,7 @@
 
     settings.json   metrics.jsonl -> curve.png   samples.jsonl -> samples.md, samples.png   skipped.jsonl   checkpoints/
 
-A line of metrics.jsonl, samples.jsonl and skipped.jsonl belongs to a step; resuming drops the lines after the checkpoint.
+A line of metrics.jsonl, samples.jsonl and skipped.jsonl belongs to a step; resuming drops those after the checkpoint.
 """
 import contextlib
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from extras import plots
 from model import checkpoint, lora
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, write_text
 from model.errors import InputError, warn
@@ -45,24 +44,31 @@ class RunFolder:
         self.micro_batches = []         # examples of the step that runs, for messages
 
     def restore(self, model, optimizer):
-        """Write the settings; load the newest checkpoint, if there is one, and drop what the files say about later steps."""
-        kept = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
         for half in (*self.path.rglob("*.part"), *self.path.rglob(".tmp*")):    # of a process killed while it wrote
             half.unlink()
         newest = latest_checkpoint(self.path)
         if newest:
             state = restore_checkpoint(newest, model, optimizer)
             if state.keys() != self.state.keys():
-                raise InputError(f"{newest}: written by another version of train.py; finish the run with that version")
+                raise InputError(f"{newest}: written by another version of train.py; finish the run with that one")
             self.state, self.saved = state, state["step"]
             print(f"resumed after step {state['step']}")
-        write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")     # only after the checkpoint fits them
         step, place = self.state["step"], position(self.state)
         lines = keep_lines(self.path / METRICS, lambda line: line["step"] <= step)
         self.losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)
         keep_lines(self.path / SKIPPED, lambda line: position(line) <= place)
+
+    def begin(self):
+        """Write the settings, once model, checkpoint and data are there; print what a resumed run changes."""
+        kept = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
+        if self.args.resume:
+            before = checkpoint.read_settings(self.path)
+            for key in [key for key in kept if key in before and str(kept[key]) != str(before[key])]:
+                print(f"changed: --{key.replace('_', '-')} {before[key]} -> {kept[key]}")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")
 
     @contextlib.contextmanager
     def ending(self, model, optimizer):
@@ -89,16 +95,16 @@ class RunFolder:
     def explain(self, error):
         """One line about an error that a run can meet beside its data; None for any other."""
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            with contextlib.suppress(RuntimeError):             # torch may report a dead worker twice, the second time by a
-                time.sleep(0.2)                                 # signal: not while the checkpoint is written
+            with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
+                time.sleep(0.2)                         # not while the checkpoint is written
             return (f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
                     f"lower --workers or --max-tiles, then continue with --resume {self.path}")
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
             pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in batch)
-            return (f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or --batch-pages "
-                    f"({str(error)[:100] or 'MemoryError'})")
+            return (f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or "
+                    f"--batch-pages ({str(error)[:100] or 'MemoryError'})")
         if isinstance(error, OSError):
             advice = (f"its checkpoints are as they were: make room, then continue with --resume {self.path}"
                       if self.path.exists() else "it is gone")
@@ -122,8 +128,9 @@ class RunFolder:
 
     def log_validation(self, bar, pages, measures, answers):
         """Write the measures, the answers about the first pages, and both pictures. `pages`: the validation pages."""
+        from extras import plots
         step, names = self.state["step"], list(dict.fromkeys(line["page"] for line in answers))[:SHOWN_PAGES]
-        keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)   # drop those of a validation cut short
+        keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)   # not those of one cut short
         append_line(self.path / SAMPLES, {"step": step, "answers": [line for line in answers if line["page"] in names]})
         append_line(self.path / METRICS, {"step": step, **measures})
         self.losses[step] = measures["val_loss"]
@@ -204,8 +211,8 @@ def keep_lines(path, wanted):
 class SkipLog:
     """Counts and names what is skipped; stops the run when more than 1 % of an epoch's pages cannot be used.
 
-    `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands, and the
-    pages of this epoch that were read before.
+    `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands, and
+    the pages of this epoch that were read before.
     """
     PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
 
@@ -234,9 +241,10 @@ class SkipLog:
             if self.read >= 100 or self.read == 5 == len(self.skipped_pages()):
                 self.check_limit()
         elif example.too_long:
-            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; the first: {example.too_long[0][:200]!r}")
-            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are "
-                 f"skipped, the first: {example.too_long[0][:200]!r}")
+            first = f"the first: {example.too_long[0][:200]!r}"
+            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; {first}")
+            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are skipped, "
+                 f"{first}")
         return not example.error
 
     def skipped_pages(self):
@@ -247,8 +255,8 @@ class SkipLog:
         """Raise InputError if too many pages cannot be used: all of them, or several and more than 1 %."""
         skipped = self.skipped_pages()
         if len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0:
-            raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is page "
-                             f"{skipped[-1]['page']}: {skipped[-1]['reason']}")
+            raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
+                             f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
 
     def __str__(self):
         return (f"skipped: {self.count(self.PAGE)} pages, {self.count(self.TOO_LONG)} questions too long, "
@@ -261,7 +269,8 @@ def sample_tables(samples):
     for sample in samples:
         tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
         for line in sample["answers"]:
-            cells = line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"], " / ".join(line["expected"])
+            cells = (line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"],
+                     " / ".join(line["expected"]))
             tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
     return "\n".join(tables) + "\n"
 
@@ -280,7 +289,7 @@ def next_steps(folder):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, optimizer, state):
-    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values) into one file.
+    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
@@ -302,7 +311,7 @@ def save_checkpoint(path, model, optimizer, state):
 
 
 def restore_checkpoint(path, model, optimizer):
-    """Copy a checkpoint's tensors into a model and into the state of its optimizer; returns the `state` saved with them.
+    """Copy a checkpoint's tensors into a model and the state of its optimizer; returns the `state` saved with them.
 
     Raises InputError for a file that is damaged or not of this model with these trained parts.
     """

@@ -5,7 +5,7 @@
     synthetic                pages drawn from a seed              without an end
     my.jsonl=2,owner/name    several                              mixed evenly over the epoch
 
-A row is a dict: for a file what `read_entry` makes of an entry, for all others DocumentVQA's columns. No image is decoded here.
+A row is a dict: for a file what `read_entry` makes of an entry, else DocumentVQA's columns. No image is decoded here.
 """
 import collections
 import heapq
@@ -14,9 +14,7 @@ import re
 from pathlib import Path
 
 from data import numbered, open_hub_rows
-from extras.formats import read_file
 from model.errors import InputError
-from model.tiny.pages import SyntheticRows
 
 HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is held out for validation, at least 1, at most 64
 
@@ -24,23 +22,23 @@ HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is held out f
 def open_rows(data, split, seed=0, domains="plain", hold_out=True):
     """The rows of a split, to be iterated as often as needed: dicts, images not decoded.
 
-    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS or a mixture
-    file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), whose pages are drawn from `seed` and
-    look like `domains`. Several, comma-separated, are mixed; `=2` behind a name says how often it comes in an epoch.
-    A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all of it.
-    Raises InputError where it cannot be reached or has no such split or columns, or has a malformed row.
+    `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS, a
+    mixture file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), pages drawn from `seed`
+    that look like `domains`. Several, comma-separated, are mixed; `=2` behind a name: it comes twice in an epoch.
+    A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all
+    of it. Raises InputError where it cannot be reached, has no such split or columns, or has a malformed row.
     """
     parts = []
     for name, weight in named_parts(data):
         if Path(name).is_file():
             parts += [(rows, name, weight * often) for rows, often in open_file(name, split, hold_out)]
         elif is_synthetic(name):
-            parts.append((SyntheticRows(split, seed, domains, int(name.partition(":")[2] or 4)), name, weight))
+            parts.append((open_synthetic(name, split, seed, domains), name, weight))
         else:
             parts.append((open_hub_rows(name, split), name, weight))
     if split == "validation" and all(rows == [] for rows, _, _ in parts):
-        raise InputError(f"{data}: too few pages to hold one out for validation; name others with --eval-data, or switch it "
-                         "off with --eval-every 0")
+        raise InputError(f"{data}: too few pages to hold one out for validation; name others with --eval-data, or "
+                         "switch it off with --eval-every 0")
     if len(parts) == 1 and parts[0][2] == 1:
         return parts[0][0]
     return Mixture([(rows, number_of(rows, name), weight if split == "train" else 1) for rows, name, weight in parts])
@@ -52,10 +50,11 @@ def count_rows(data, split, hold_out=True):
 
 
 def number_of(rows, name):
-    if isinstance(rows, SyntheticRows):
+    if is_synthetic(name):
         raise InputError("synthetic pages have no end; give the length of the run with --steps")
     if not hasattr(rows, "__len__"):
-        raise InputError(f"{name}: not parquet, so its number of rows is unknown; give the length of the run with --steps")
+        raise InputError(f"{name}: not parquet, so its number of rows is unknown; give the length of the run with "
+                         "--steps")
     return len(rows)
 
 
@@ -79,8 +78,17 @@ def is_synthetic(data):
     return data in ("synthetic", "synthetic:1", "synthetic:2", "synthetic:4")
 
 
+def open_synthetic(name, split, seed, domains):
+    """Drawn pages, without an end. Raises InputError for an unknown domain."""
+    from model.tiny.pages import DOMAINS, SyntheticRows
+    for domain in domains.split(","):
+        if domain not in DOMAINS:
+            raise InputError(f"--domain: {domain!r} is not a domain; expected {', '.join(DOMAINS)}")
+    return SyntheticRows(split, seed, domains, int(name.partition(":")[2] or 4))
+
+
 def whole_paths(data):
-    """'a.jsonl=2,owner/name' -> the same with the whole path of each file, so that a run can be used from any folder."""
+    """'a.jsonl=2,owner/name' -> the same with whole paths of files, so that a run can be used from any folder."""
     parts = [(name if is_synthetic(name) or not Path(name).exists() else str(Path(name).resolve()), weight)
              for name, weight in named_parts(data)]
     return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in parts)
@@ -103,14 +111,14 @@ class Mixture:
         return (row for _, row in self.numbered())
 
     def numbered(self, start=0):
-        """(number, row) from row number `start` on; rows of a source before it are not read if it can begin in the middle."""
-        order = heapq.merge(*([((i + 0.5) / total, part) for i in range(total)] for part, total in enumerate(self.totals)))
+        """(number, row) from row number `start` on; a source that can begin in the middle reads no row before it."""
+        order = heapq.merge(*([((i + 0.5) / total, n) for i in range(total)] for n, total in enumerate(self.totals)))
         taken = collections.Counter(part for _, part in itertools.islice(order, start))
         sources = [self.repeated(part, taken[part]) for part in range(len(self.parts))]
         return ((number, next(sources[part])) for number, (_, part) in enumerate(order, start))
 
     def repeated(self, part, start):
-        """The rows of one source from number `start` on, again and again; a row that comes again is another page's."""
+        """The rows of one source from number `start` on, again and again; a repeated row belongs to another page."""
         rows, count, _ = self.parts[part]
         for time in itertools.count(start // count):
             for _, row in numbered(rows, start % count if time == start // count else 0):
@@ -118,7 +126,8 @@ class Mixture:
 
 
 def open_file(path, split, hold_out):
-    """(rows, how often they come in an epoch) of a file, or of each file that a mixture file names. See `open_rows`."""
+    """(rows, how often they come in an epoch) of a file, or of each file in a mixture file. See `open_rows`."""
+    from extras.formats import read_file
     for part in read_file(path):
         if part.problems:
             count = len(part.problems)
@@ -132,6 +141,6 @@ def open_file(path, split, hold_out):
 
 
 def held_out(rows):
-    """The keys of the rows held out for validation, all rows of an image or none; by a hash, so they stay when rows move."""
+    """The keys of the rows held out for validation, all rows of an image or none; by a hash, whatever their order."""
     keys = sorted({row["key"] for row in rows})
     return set(keys[:min(max(1, len(keys) // HELD_OUT), MOST_HELD_OUT, len(keys) - 1)])

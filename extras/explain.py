@@ -24,7 +24,8 @@ LIKELIEST = 5                           # tokens shown of each distribution
 TRANSLATION = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your "
                "English name is InternVL, and you are a helpful and harmless AI assistant.")
 STYLE = f"""
-body {{ font: 16px/1.5 {palette.FONT}; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
+body {{ font: 16px/1.5 {palette.FONT}; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222;
+       background: #fff }}
 h2 {{ margin: 2em 0 0 }}
 img, svg {{ border: 1px solid #bbb; max-width: 100%; height: auto }}
 code {{ background: {palette.TEXT}; padding: 0 .2em; white-space: nowrap }}
@@ -34,7 +35,8 @@ small, .where {{ color: {palette.GRAY} }}
 .token {{ display: inline-block; max-width: 100%; box-sizing: border-box; white-space: pre-wrap;
          overflow-wrap: anywhere; font: 13px/1.5 {palette.MONO}; border: 1px solid #ccc; border-radius: 3px;
          padding: 0 3px; margin: 1px }}
-.prefix {{ background: {palette.PREFIX} }} .image {{ background: {palette.IMAGE} }} .branch {{ background: {palette.TEXT} }}
+.prefix {{ background: {palette.PREFIX} }} .image {{ background: {palette.IMAGE} }}
+.branch {{ background: {palette.TEXT} }}
 .loss {{ background: {palette.LOSS}; border-color: {palette.RIGHT} }}
 """
 

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from PIL import Image, ImageDraw
 
-from extras.pictures import FONT, GRAY, IMAGE, LOSS, MONO, PREFIX, RIGHT, TEXT, WRONG
+from extras import pictures as palette
 from extras.pictures import as_image, attention, draw_attention, draw_tiles, visible
 from model.chat import Chat, Picture
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
@@ -25,18 +25,20 @@ LIKELIEST = 5                           # tokens shown of each distribution
 TRANSLATION = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your "
                "English name is InternVL, and you are a helpful and harmless AI assistant.")
 STYLE = f"""
-body {{ font: 16px/1.5 {FONT}; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
+body {{ font: 16px/1.5 {palette.FONT}; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222;
+       background: #fff }}
 h2 {{ margin: 2em 0 0 }}
 img, svg {{ border: 1px solid #bbb; max-width: 100%; height: auto }}
-code {{ background: {TEXT}; padding: 0 .2em; white-space: nowrap }}
-small, .where {{ color: {GRAY} }}
+code {{ background: {palette.TEXT}; padding: 0 .2em; white-space: nowrap }}
+small, .where {{ color: {palette.GRAY} }}
 .where {{ margin: 0; font-size: 14px }}
 .tokens {{ border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }}
 .token {{ display: inline-block; max-width: 100%; box-sizing: border-box; white-space: pre-wrap;
-         overflow-wrap: anywhere; font: 13px/1.5 {MONO}; border: 1px solid #ccc; border-radius: 3px;
+         overflow-wrap: anywhere; font: 13px/1.5 {palette.MONO}; border: 1px solid #ccc; border-radius: 3px;
          padding: 0 3px; margin: 1px }}
-.prefix {{ background: {PREFIX} }} .image {{ background: {IMAGE} }} .branch {{ background: {TEXT} }}
-.loss {{ background: {LOSS}; border-color: {RIGHT} }}
+.prefix {{ background: {palette.PREFIX} }} .image {{ background: {palette.IMAGE} }}
+.branch {{ background: {palette.TEXT} }}
+.loss {{ background: {palette.LOSS}; border-color: {palette.RIGHT} }}
 """
 
 
@@ -105,10 +107,10 @@ def ruled(image, columns, rows):
     pen, thick = ImageDraw.Draw(image), max(1, image.width // 500) if columns < 16 else 1
     for i in range(1, columns):
         x = i * image.width // columns
-        pen.line((x, 0, x, image.height), fill=WRONG, width=thick)
+        pen.line((x, 0, x, image.height), fill=palette.WRONG, width=thick)
     for i in range(1, rows):
         y = i * image.height // rows
-        pen.line((0, y, image.width, y), fill=WRONG, width=thick)
+        pen.line((0, y, image.width, y), fill=palette.WRONG, width=thick)
     return image
 
 
@@ -131,11 +133,11 @@ def draw_answer(run, width=420, line=18):
     drawn, y = [], line
     for probability, place in zip(run.likely, run.in_loss):
         heading = f"position {positions[place]:,}, after {written(run, ids[place - 1])}"
-        drawn.append(f"<text x='8' y='{y}' fill='{GRAY}'>{heading}</text>")
+        drawn.append(f"<text x='8' y='{y}' fill='{palette.GRAY}'>{heading}</text>")
         best, likeliest = probability.topk(LIKELIEST)
         for p, token in zip(best.tolist(), likeliest.tolist()):
             y += line
-            color, weight = (RIGHT, "bold") if token == ids[place] else (PREFIX, "normal")
+            color, weight = (palette.RIGHT, "bold") if token == ids[place] else (palette.PREFIX, "normal")
             text = written(run, token)
             drawn.append(f"<text x='112' y='{y}' text-anchor='end' font-weight='{weight}'>{text}</text>"
                          f"<rect x='120' y='{y - 10}' width='{220 * p:.1f}' height='11' fill='{color}'/>"
@@ -143,7 +145,7 @@ def draw_answer(run, width=420, line=18):
         y += 2 * line
     y -= line // 2 + line
     return (f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{y}' viewBox='0 0 {width} {y}' "
-            f"font-family='{MONO}' font-size='13'><rect width='{width}' height='{y}' fill='white'/>"
+            f"font-family='{palette.MONO}' font-size='13'><rect width='{width}' height='{y}' fill='white'/>"
             f"{''.join(drawn)}</svg>")
 
 

@@ -35,7 +35,8 @@ from model.images import read_image
 from model.tiling import tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
-from extras.run_folder import plotting, read_lines
+from extras.plots import plotting
+from extras.run_folder import read_lines
 
 
 def answers(model, tiles, questions):

@@ -11,9 +11,9 @@ import termios
 import time
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from extras import chat_cli
 from extras.chat_cli import ChatShell, answer_one, stats_line
 from model import InputError

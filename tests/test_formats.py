@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from commands import call, data, refuses, train
 from conftest import ROOT
 from reference import loss_of
 from data import PageDataset, group_rows_into_pages, page_blocks
+from extras.pictures import draw_tiles
 from extras.sources import count_rows, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
 from model.prompt import INSTRUCTION, write_conversation
 from model.images import read_image
-from model.tiling import tile_page
+from model.tiling import choose_grid, tile_page
 from model.tiny.pages import draw_page
 
 
@@ -47,7 +49,7 @@ def files(asked):
 
 
 def contents(pages):
-    return [(page.images, page.questions, page.answers, page.accepted, page.follows, page.system, page.head, page.rows) for page in pages]
+    return [(page.images, page.questions, page.answers, page.accepted, page.follows, page.system, page.question_start, page.rows) for page in pages]
 
 
 def test_every_format_gives_the_same_pages_tokens_and_tiles(files, asked, tiny):
@@ -332,13 +334,14 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
     n = len(example.tiles)
-    assert f"tiles: {picture}" in out and Image.open(picture).size == (n * 136 - 8, 128)
+    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*read_image(page.images[0]).size, 12, 128))
+    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], 64).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
     assert f"<IMG_CONTEXT> x {n * 64}" in out
-    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} learned"
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"
@@ -394,7 +397,7 @@ def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
 def test_images_without_a_place_begin_the_last_question_in_ms_swift(row):
     """In ms-swift images without a tag are inserted at the start of the last query. Elsewhere they begin the first."""
     found = read_entry(row | {"images": ["a.png"]})
-    assert found["opening"] == [("What?", "A.")] and found["head"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
+    assert found["history"] == [("What?", "A.")] and found["question_start"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
     llava = {"conversations": [{"from": who, "value": text} for who, text in (("human", "What?"), ("gpt", "A."), ("human", "And that?"), ("gpt", "B."))]}
     found = read_entry(llava | {"image": "a.png"})
-    assert (found["opening"], found["head"], found["turns"]) == ([], None, [("What?", "A."), ("And that?", "B.")])
+    assert (found["history"], found["question_start"], found["turns"]) == ([], None, [("What?", "A."), ("And that?", "B.")])

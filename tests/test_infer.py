@@ -294,7 +294,7 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
 def test_a_default_run_imports_only_what_it_needs():
     """One question about one image: no other mode, no web server, no scores."""
     imported = {name for node in ast.parse((ROOT / "infer.py").read_text()).body if isinstance(node, ast.ImportFrom) for name in [node.module]}
-    assert {name for name in imported if name.startswith("extras")} == {"extras.video"}
+    assert {name for name in imported if name.startswith("extras")} == {"extras.cli", "extras.video"}
     code = "import sys, infer; print(*(name for name in sys.modules if name.startswith('extras.')))"
     found = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
     assert "extras.video" in found

@@ -8,9 +8,9 @@ import socket
 import sys
 
 import pytest
+from commands import infer, refuses
 from PIL import Image
 
-from commands import infer, refuses
 from extras import web
 from extras.pictures import draw_tiles
 from extras.web import CHATS, Conversations

@@ -98,7 +98,7 @@ def test_the_embedded_model_makes_nothing_of_other_domains():
 def test_a_trained_projector_reads_what_it_could_not(tmp_path, capsys, monkeypatch):
     from commands import call, infer, train
     run = tmp_path / "run"
-    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--domain", "bitmap", "--steps", 120, "--eval-every", 120,
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--domain", "bitmap", "--steps", 150, "--eval-every", 150,
                             "--eval-pages", 16, "--out", run)
     assert status == 0, err
     first, last = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "val_loss" in line)

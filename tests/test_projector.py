@@ -11,11 +11,11 @@ class Passing(Projector):
     """A projector whose MLP lets everything pass, so that the shuffle can be seen."""
 
     def __init__(self, grid, width):
-        super().__init__(dataclasses.replace(Config(), vision=VisionConfig(width=width, tile_pixels=grid, patch_pixels=1)))
+        super().__init__(dataclasses.replace(Config(), vision=VisionConfig(width, heads=1, tile_pixels=grid, patch_pixels=1)))
         self.norm = self.up = self.out = torch.nn.Identity()
 
 
-def test_four_neighbouring_patches_become_one_token(monkeypatch):
+def test_four_neighboring_patches_become_one_token(monkeypatch):
     monkeypatch.setattr("torch.nn.functional.gelu", lambda x: x)
     patches = torch.arange(16.0).view(1, 16, 1)                 # golden vector
     expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]

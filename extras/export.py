@@ -18,9 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from extras.run_folder import METRICS, read_lines
-from model import InputError, InternVL, checkpoint
+from model import InputError, InternVL, checkpoint, lora
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
-from model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, merged
 from model.names import split
 from model.prompt import END, IMAGE_TOKEN, START, SYSTEM
 from model.tokenizer import TOKENIZER_FILES, special_id
@@ -39,7 +38,7 @@ def export(source, target, layout, repository=None):
     holds a run, a model or a README.md already, and for a run that the layout cannot hold.
     """
     path, folder = Path(source), Path(target)
-    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
+    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
     if held:
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
@@ -67,8 +66,28 @@ def save_adapter(run, path, folder):
     trained, _, _, scale = checkpoint.read_checkpoint(path)
     tensors, config = adapter_files(trained, scale, settings["model"], settings.get("lora_dropout", 0.0))
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def adapter_files(trained, scale, base, dropout):
+    """A run's trained tensors, {official name: tensor}, in PEFT's layout -> (tensors, value of adapter_config.json).
+
+    A projector that is trained as a whole becomes a module to save. Raises InputError for a run without adapters, or
+    with other weights that are trained as a whole.
+    """
+    ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
+    whole = [name for name in trained if ".lora_" not in name]
+    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
+    if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
+        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
+                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
+                         "write it with --format official")
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": scale * ranks[0],
+              "lora_dropout": dropout, "bias": "none",
+              "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
+              "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
+    return {lora.PREFIX + name: tensor for name, tensor in trained.items()}, config
 
 
 def save_transformers(model, folder):
@@ -78,7 +97,7 @@ def save_transformers(model, folder):
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
     tensors = {}
-    for name, tensor in merged(model):
+    for name, tensor in lora.merged(model):
         tensors |= split(name, tensor.to("cpu", model.stored_dtypes[name]))
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
@@ -106,7 +125,8 @@ def transformers_files(model):
         image_size=[config.vision.tile_pixels] * 2, patch_size=[config.vision.patch_pixels] * 2)
 
     def fill(part):
-        return {key: attrgetter(value[1:])(values) if str(value).startswith("$") else value for key, value in part.items()}
+        return {key: attrgetter(value[1:])(values) if str(value).startswith("$") else value
+                for key, value in part.items()}
 
     files = json.loads(LAYOUT.read_text(encoding="utf-8"), object_hook=fill)
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))

@@ -189,9 +189,10 @@ def read_checkpoint(path):
             if checksum(names, file.get_tensor, state) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
-            trained, optimizer = ({name.removeprefix(kind): file.get_tensor(name) for name in names if name.startswith(kind)}
-                                  for kind in ("model.", "optimizer."))
-            return trained, optimizer, json.loads(state), scale
+            tensors = {"model": {}, "optimizer": {}}
+            for kind, _, name in (name.partition(".") for name in names):
+                tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
+            return tensors["model"], tensors["optimizer"], json.loads(state), scale
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -106,8 +106,9 @@ VISION = {
     "mlp_width": ("intermediate_size", 131_072), "tile_pixels": ("image_size", 4_096),
     "patch_pixels": ("patch_size", 4_096), "norm_eps": ("layer_norm_eps", 1.0)}
 LANGUAGE = {name: VISION[name] for name in ("width", "layers", "heads", "mlp_width")} | {
-    "kv_heads": ("num_key_value_heads", 512), "vocabulary": ("vocab_size", 1_000_000), "rope_theta": ("rope_theta", 1e9),
-    "norm_eps": ("rms_norm_eps", 1.0), "max_positions": ("max_position_embeddings", 10 ** 9)}
+    "kv_heads": ("num_key_value_heads", 512), "vocabulary": ("vocab_size", 1_000_000),
+    "rope_theta": ("rope_theta", 1e9), "norm_eps": ("rms_norm_eps", 1.0),
+    "max_positions": ("max_position_embeddings", 10 ** 9)}
 
 # The values of a config.json that this code implements, InternVL2-1B's first.
 SUPPORTED = {

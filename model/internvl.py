@@ -1,8 +1,8 @@
 """How do the parts meet? Pages are packed into one row; image tokens take their places among the embedded words.
 
     page -> tiles (N, 3, 448, 448) -> vision (N, 1024, 1024) -> projector (N, 256, 896) -> image tokens \\
-    questions -----------------------------------> prompt (L) -> embedding (L, 896) ------ splice -----> decoder (L, 896)
-                                                                                 answers only -> head (A, 151655) -> loss
+    questions -----------------------------------> prompt (L) -> embedding (L, 896) ----- splice -----> decoder (L, 896)
+                                                                                answers only -> head (A, 151655) -> loss
 
 Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; `modeling_internvl_chat.py` beside the weights.
 """
@@ -85,11 +85,11 @@ class InternVL(nn.Module):
         normal(self.vision.position, 0.5)       # as large as the patches' vectors, or the content drowns the position
 
     def save_pretrained(self, folder):
-        """Write a model folder in the official layout, each tensor in the dtype it was loaded in; adapters are merged."""
+        """Write a model folder in the official layout, each tensor in its dtype as loaded; adapters are merged."""
         checkpoint.save(self, folder)
 
     def chat(self, **settings):
-        """A conversation with this model: `chat.ask("What is the total?", image)`. `settings`: see `model.chat.Chat`."""
+        """A conversation with this model: `chat.ask("What is the total?", image)`. See `model.chat.Chat`."""
         from model.chat import Chat
         return Chat(self, **settings)
 
@@ -100,8 +100,8 @@ class InternVL(nn.Module):
     def pack(self, pages):
         """Put pages into one row, on the model's device.
 
-        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S). Raises ValueError where a prompt's image tokens and its
-        tiles do not agree.
+        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S). Raises ValueError if the number of image tokens of a
+        prompt is not that of its tiles.
         """
         image_id, per_tile = special_id(self.tokenizer, IMAGE_TOKEN), self.config.tokens_per_tile
         for tiles, prompt in pages:
@@ -121,14 +121,14 @@ class InternVL(nn.Module):
                      **{name: column.to(self.device) for name, column in row.items()})
 
     def encode_images(self, tiles):
-        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); `VISION_TILES` at a time, which limits the memory."""
+        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); `VISION_TILES` at a time limit the memory."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])  # (N, 1024, 1024)
+            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])
         return self.projector(patches).flatten(0, 1)                            # (N, 256, D) -> (256 N, D)
 
     def forward(self, batch, caches=None):
-        """A batch -> logits (A, V) at its `answer_index`, in the dtype of the model; the head runs on these tokens only.
+        """A batch -> logits (A, V) at its `answer_index`, in the model's dtype; the head runs on these tokens only.
 
         `caches`: one KVCache per page with the tokens read before; the tokens of this batch are added to it.
         """

@@ -123,7 +123,7 @@ class Attention(nn.Module):
             seen.append(attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
         if n < page.tokens and page.mask is not None:
             seen.append(attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
-        elif n < page.tokens:           # a decoded token: heads that share a key are rows of one matrix, no key is copied
+        elif n < page.tokens:           # a decoded token: heads that share keys are rows of one matrix, no copy
             shared = attention(rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1]), k, v)
             seen.append(rearrange(shared, "1 k (g n) d -> 1 (k g) n d", n=page.tokens - n))
         return torch.cat(seen, dim=2)
@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.mlp_up = Linear(config.width, config.mlp_width, bias=False)
         self.mlp_down = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, pages, rows=slice(None)):                        # (L, D) -> (L, D), or some rows of it
+    def forward(self, x, cos, sin, pages, rows=slice(None)):                        # (L, D) -> (L, D) or (A, D)
         x = (x + self.attention(self.attention_norm(x), cos, sin, pages))[rows]
         y = self.mlp_norm(x)
         return x + self.mlp_down(F.silu(self.mlp_gate(y)) * self.mlp_up(y))

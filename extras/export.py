@@ -9,22 +9,23 @@ import json
 import math
 import os
 import shutil
+from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from extras.run_folder import METRICS, read_lines
-from model import InputError, InternVL, checkpoint
+from model import InputError, InternVL, checkpoint, lora
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
-from model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files, merged
 from model.names import split
-from model.prompt import END, IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, START, SYSTEM
+from model.prompt import END, IMAGE_TOKEN, START, SYSTEM
 from model.tokenizer import TOKENIZER_FILES, special_id
-from model.vision import IMAGENET_MEAN, IMAGENET_STD
 
 CARD_FILE = "README.md"
+LAYOUT = Path(__file__).with_name("transformers_layout.json")
 CARD = (                                # settings in a model card
     "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
@@ -37,7 +38,7 @@ def export(source, target, layout, repository=None):
     holds a run, a model or a README.md already, and for a run that the layout cannot hold.
     """
     path, folder = Path(source), Path(target)
-    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
+    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
     if held:
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
@@ -65,8 +66,28 @@ def save_adapter(run, path, folder):
     trained, _, _, scale = checkpoint.read_checkpoint(path)
     tensors, config = adapter_files(trained, scale, settings["model"], settings.get("lora_dropout", 0.0))
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    write_tensors(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+
+
+def adapter_files(trained, scale, base, dropout):
+    """A run's trained tensors, {official name: tensor}, in PEFT's layout -> (tensors, value of adapter_config.json).
+
+    A projector that is trained as a whole becomes a module to save. Raises InputError for a run without adapters, or
+    with other weights that are trained as a whole.
+    """
+    ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
+    whole = [name for name in trained if ".lora_" not in name]
+    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
+    if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
+        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
+                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
+                         "write it with --format official")
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": scale * ranks[0],
+              "lora_dropout": dropout, "bias": "none",
+              "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
+              "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
+    return {lora.PREFIX + name: tensor for name, tensor in trained.items()}, config
 
 
 def save_transformers(model, folder):
@@ -76,7 +97,7 @@ def save_transformers(model, folder):
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
     tensors = {}
-    for name, tensor in merged(model):
+    for name, tensor in lora.merged(model):
         tensors |= split(name, tensor.to("cpu", model.stored_dtypes[name]))
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
@@ -93,54 +114,25 @@ def upload(folder, repository):
 # --------------------------------------------------------------------------------------------------------- transformers
 
 def transformers_files(model):
-    """{file name: JSON value or text} of all files of transformers' layout but the weights and the vocabulary."""
-    config, end = model.config, special_id(model.tokenizer, END)
+    """{file name: JSON value or text} of all files of transformers' layout but the weights and the vocabulary.
+
+    A "$name" in transformers_layout.json stands for that attribute of `values`.
+    """
+    config, tokenizer = model.config, model.tokenizer
+    values = SimpleNamespace(
+        config=config, tokenizer=tokenizer, image_token_id=special_id(tokenizer, IMAGE_TOKEN),
+        end_token_id=special_id(tokenizer, END), downsample_ratio=1 / config.shuffle,
+        image_size=[config.vision.tile_pixels] * 2, patch_size=[config.vision.patch_pixels] * 2)
+
+    def fill(part):
+        return {key: attrgetter(value[1:])(values) if str(value).startswith("$") else value
+                for key, value in part.items()}
+
+    files = json.loads(LAYOUT.read_text(encoding="utf-8"), object_hook=fill)
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)
-    return {
-        "config.json": {
-            "architectures": ["InternVLForConditionalGeneration"], "model_type": "internvl",
-            "dtype": config.stored_dtype, "image_token_id": special_id(model.tokenizer, IMAGE_TOKEN),
-            "image_seq_length": config.tokens_per_tile,
-            "downsample_ratio": 1 / config.shuffle, "projector_hidden_act": "gelu", "tie_word_embeddings": False,
-            "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
-            "vision_config": vision_config(config.vision), "text_config": text_config(config.language, end)},
-        "generation_config.json": {
-            "do_sample": False, "eos_token_id": end, "pad_token_id": model.tokenizer.pad_token_id},
-        "preprocessor_config.json": {
-            "image_processor_type": "GotOcr2ImageProcessor", "processor_class": "InternVLProcessor",
-            "size": {"height": config.vision.tile_pixels, "width": config.vision.tile_pixels}, "resample": 3,
-            "crop_to_patches": config.thumbnail, "min_patches": 1, "max_patches": 12, "do_convert_rgb": True,
-            "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
-        "processor_config.json": {
-            "processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_tile},
-        "tokenizer_config.json": settings | {
-            "processor_class": "InternVLProcessor", "start_image_token": IMAGE_OPEN, "end_image_token": IMAGE_CLOSE,
-            "context_image_token": IMAGE_TOKEN,
-            "video_token": model.tokenizer.pad_token},          # the class asks for one; no video here
-        "chat_template.jinja": CHAT_TEMPLATE,
-    }
-
-
-def vision_config(vision):
-    return {
-        "model_type": "internvl_vision", "hidden_size": vision.width, "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads, "intermediate_size": vision.mlp_width,
-        "image_size": [vision.tile_pixels] * 2, "patch_size": [vision.patch_pixels] * 2,
-        "layer_norm_eps": vision.norm_eps, "attention_bias": True,
-        "use_qk_norm": False, "hidden_act": "gelu", "norm_type": "layer_norm", "use_absolute_position_embeddings": True,
-        "use_mask_token": False, "use_mean_pooling": True, "layer_scale_init_value": 1.0}
-
-
-def text_config(language, end):
-    return {
-        "model_type": "qwen2", "hidden_size": language.width, "num_hidden_layers": language.layers,
-        "num_attention_heads": language.heads, "num_key_value_heads": language.kv_heads,
-        "intermediate_size": language.mlp_width, "vocab_size": language.vocabulary, "rms_norm_eps": language.norm_eps,
-        "max_position_embeddings": language.max_positions, "hidden_act": "silu", "use_sliding_window": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta}, "tie_word_embeddings": False,
-        "eos_token_id": end}
+    files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
+    return files | {"chat_template.jinja": CHAT_TEMPLATE}
 
 
 # The prompt of prompt.py as a template: no line break between turns, each image on a line of its own.

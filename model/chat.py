@@ -1,14 +1,12 @@
-"""How does a conversation continue? Every token is read once: keys and values stay; a turn costs its own tokens only.
+"""How does a conversation continue? The KV cache keeps all earlier tokens, so a turn reads only its own.
 
     turn 1   <|im_start|>system ... user\\n <img> 1,792 image tokens </img>\\n What is the date?  reads 1,848 tokens
              January 8, 1993.                                                                   read when generated
     turn 2   <|im_end|><|im_start|>user\\n And the total?                                        reads 13 tokens
 
-The whole conversation is written anew for each turn, as a stateless program would do; the tokens and images that the
-cache holds already are not read again. So taking a turn back needs no rule of its own, nor does an answer whose text
-has other tokens than those that were generated.
+The whole conversation is written anew for each turn; what it shares with the cache is not read again. So `undo` needs
+no rule of its own, nor does an answer whose text has other tokens than those that were generated.
 """
-import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,8 @@ from PIL import Image
 
 from model.errors import InputError
 from model.generate import generate
-from model.language import KVCache
 from model.images import read_image
+from model.language import KVCache
 from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, tile_page
 from model.tokenizer import special_id
@@ -31,7 +29,7 @@ class Picture:
     """An image or a video frame of a conversation."""
     image: Image.Image
     tiles: np.ndarray                           # uint8 (n, 3, 448, 448)
-    grid: tuple[int, int]                       # columns and rows of them, the thumbnail left out
+    grid: tuple[int, int]                       # columns and rows of the tiles, without the thumbnail
     label: str = ""                             # the words before it in the prompt
     tokens: torch.Tensor | None = None          # (256 n, D), once it is encoded
 
@@ -46,8 +44,8 @@ class Turn:
 class Chat:
     """A conversation with a model. `turns` are the questions and answers so far, `waiting` the images for the next one.
 
-    `max_tiles`: tiles an image may be cut into, thumbnail not counted. The others are those of `generate`. After a turn
-    `report` has the answer, its tokens and timings, and `read` the number of prompt tokens that were new.
+    `max_tiles`: limit for the grid of an image; the other settings are those of `generate`. After a turn `report` has
+    the answer, its tokens and timings, and `read` is the number of prompt tokens that were new.
     """
 
     def __init__(self, model, max_tiles=12, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
@@ -74,6 +72,7 @@ class Chat:
         self.waiting += [self.cut(frame, 1, f"Frame{i}: ") for i, frame in enumerate(frames, 1)]
 
     def picture(self, image, number):
+        """The Picture of an image, number `number` of the conversation."""
         if not isinstance(image, Image.Image):
             image = read_image(image, str(image) if isinstance(image, (str, Path)) else "it")
         # images of the first question have no label; later ones are numbered, as in the official multi-image prompt
@@ -85,7 +84,7 @@ class Chat:
         return Picture(image, tiles, choose_grid(*image.size, max_tiles, size), label)
 
     def undo(self):
-        """Take the last question back; its pictures wait for the next one. Raises InputError where there is none."""
+        """Take the last question back; its pictures wait for the next one. Raises InputError if there is none."""
         if not self.turns:
             raise InputError("there is no question to take back")
         self.waiting = self.turns.pop().pictures + self.waiting
@@ -98,24 +97,26 @@ class Chat:
         """Yield the answer's text as it is generated, never half a character.
 
         `images`: as `add_image` takes them; an "<image>" in the question says where one belongs, else they come first,
-        one on a line. `settings`: max_new_tokens, temperature, top_p, seed, for this question only.
-        A generator that is closed early, or interrupted, leaves the answer so far in the conversation; before the first
-        token, nothing. Raises InputError for an empty question, and for more tokens than the model has positions.
+        one per line. `settings`: max_new_tokens, temperature, top_p, seed, for this question only. If the generator is
+        closed early, the conversation keeps the answer so far, or nothing if there is none. Raises InputError for an
+        empty question, and for more tokens than the model has positions.
         """
         settings = self.settings | settings
         turn, pictures, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
-        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.held, keys)))
-        same = min(same, len(keys) - 1)                 # at least one token must be read to predict the next
+        most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
+        same = next((i for i in range(most) if self.held[i] != keys[i]), most)
         self.held, self.read = keys[:same], len(keys) - same
         self.cache.crop(same)
         started, first, tokens, shown = time.perf_counter(), None, [], ""
         try:
-            for [token] in generate(self.model, [self.unread(prompt, keys, same)], image_tokens=self.look(keys[same:]),
-                                    caches=[self.cache], **settings):
+            tiles, image_tokens = self.encode(keys[same:])
+            rest = Prompt(*(column[same:] for column in vars(prompt).values()))         # what is not in the cache
+            for [token] in generate(self.model, [(tiles, rest)], image_tokens=image_tokens, caches=[self.cache],
+                                    **settings):
                 first = first or time.perf_counter()
-                self.held = keys + tokens               # a token is read when the next one is asked for
+                self.held = keys + tokens               # `generate` reads a token when it computes the next one
                 tokens.append(token)
-                # tokenizers' DecodeStream shows whole characters too, but neither strips nor ends in half of one
+                # tokenizers' DecodeStream neither strips the text nor shows an answer's incomplete last character
                 text = decode(self.model, tokens)
                 if len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                     yield text[len(shown):]
@@ -159,28 +160,16 @@ class Chat:
         shown = iter([picture for picture in pictures for _ in range(len(picture.tiles) * size)])
         return prompt, [next(shown) if token == image_id else token for token in prompt.ids]
 
-    def unread(self, prompt, keys, same):
-        """The (tiles, prompt) that is not in the cache."""
-        tiles = [picture.tiles for picture in new_pictures(keys[same:])]
-        return np.concatenate(tiles) if tiles else [], without_beginning(prompt, same)
-
     @torch.inference_mode()
-    def look(self, keys):
-        """Image tokens of all pictures among `keys`, (n, D); each picture is encoded once."""
-        pictures = new_pictures(keys)
+    def encode(self, keys):
+        """The pictures among `keys` -> (tiles, image tokens (n, D)), or ([], None); each picture is encoded once."""
+        pictures = list(dict.fromkeys(key for key in keys if isinstance(key, Picture)))
         for picture in pictures:
             if picture.tokens is None:
                 picture.tokens = self.model.encode_images(torch.as_tensor(picture.tiles).to(self.model.device))
-        return torch.cat([picture.tokens for picture in pictures]) if pictures else None
-
-
-def without_beginning(prompt, tokens):
-    """The rest of a prompt whose first `tokens` are in the cache."""
-    return Prompt(prompt.ids[tokens:], prompt.labels[tokens:], prompt.positions[tokens:], prompt.branches[tokens:])
-
-
-def new_pictures(keys):
-    return list(dict.fromkeys(key for key in keys if isinstance(key, Picture)))
+        if not pictures:
+            return [], None
+        return np.concatenate([picture.tiles for picture in pictures]), torch.cat([p.tokens for p in pictures])
 
 
 def decode(model, tokens):

@@ -1,10 +1,11 @@
 """Where does a model come from, and how is it written? Find, download, read, draw at random, save.
 
-A *model folder* has the official layout: config.json, the tokenizer's files and one model.safetensors.
-An *adapter folder* is PEFT's: adapter_config.json, which names the model it belongs to, and adapter_model.safetensors.
-A *run folder* is what train.py writes: settings.json, checkpoints/, and at the end of the run also a model folder.
-A *checkpoint* in it holds the trained tensors, in float32, and the optimizer's state; all other weights are those of
-the run's base model. Only safetensors and JSON are read or written.
+    model folder      config.json, the tokenizer's files and one model.safetensors, as published
+    adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
+    run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
+    checkpoint        of a run: its trained tensors in float32 and the optimizer's state; the rest is the base model's
+
+Only safetensors and JSON are read or written.
 """
 import contextlib
 import hashlib
@@ -19,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.errors import InputError
-from model.lora import ADAPTER_CONFIG, lay_over, load_adapter, merged, read_adapter_config
 from model.names import official_name, our_name
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -36,9 +36,9 @@ TINY = Path(__file__).parent / "tiny"
 def resolve(name, seed=None):
     """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
 
-    `name`: a model, run or adapter folder, a checkpoint, a Hub id (its files are downloaded), or "tiny". `seed`: draw
-    the weights instead of reading them. Raises InputError for a name that leads to no model.
+    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
     """
+    from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
         return TINY, [], seed
     path = Path(name)
@@ -72,14 +72,13 @@ def read_settings(run):
     try:
         settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
         for key, kind in (("model", str), ("seed", int), ("from_scratch", bool), ("train", str)):
-            if not isinstance(settings[key], kind):
-                raise ValueError(f"{key} is {settings[key]!r}")
+            if not isinstance(settings.get(key), kind):
+                raise ValueError(f"{key} is {settings[key]!r}" if key in settings else f"{key!r} is missing")
         if any(isinstance(value, (dict, list)) for value in settings.values()):
             raise ValueError("expected plain values")
         return settings
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise InputError(f"{run}: not a run folder ({reason}); expected --out of an earlier run") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
 
 
 def latest_checkpoint(run):
@@ -109,6 +108,7 @@ def download(name, files):
 
 def load(model, folder, overlays, seed=None, device=None, dtype=None):
     """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
+    from model.lora import load_adapter
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -121,7 +121,6 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         tensors, stored = read(folder / WEIGHTS, model.state_dict(), device, dtype)
         model.load_state_dict(tensors, assign=True)
     else:
-        check_size(model, folder)
         model.to_empty(device="cpu").init_weights(seed)
         model.to(device, dtype)
         stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
@@ -132,24 +131,15 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
                          f"{model.config.language.vocabulary}; they are not of the same model")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
-        (load_adapter if path.is_dir() else load_checkpoint)(path, model)
+        load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
     return model
-
-
-def check_size(model, folder):
-    """Raise InputError for a model that this machine's memory cannot hold (unknown on Windows)."""
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
-    if needed > held:
-        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "
-                         f"{held / 1e9:,.0f} GB of memory; take a smaller model")
 
 
 def read(path, wanted, device, dtype):
     """Read a safetensors file -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file}).
 
-    `wanted`: {our name: tensor of the expected shape}. Raises InputError that lists which tensors are missing,
-    unexpected, of another shape, or of a dtype that is no floating point format of this model family.
+    `wanted`: {our name: tensor of the expected shape}. Raises InputError, which lists the tensors that are missing,
+    unexpected, or of another shape or dtype.
     """
     tensors, stored, trouble = {}, {}, {"missing": [], "unexpected": [], "wrong shape": [], "wrong dtype": []}
     try:
@@ -171,7 +161,7 @@ def read(path, wanted, device, dtype):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
     trouble["missing"] = sorted({official_name(ours) for ours in wanted} - set(names))
-    listed = [f"{len(found)} {kind} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+    listed = [f"{len(found)} {kind} ({', '.join(found[:3] + ['...'] * (len(found) > 3))})"
               for kind, found in trouble.items() if found]
     if listed:
         raise InputError(f"{path}: not the weights that its config.json describes: {'; '.join(listed)}; "
@@ -180,20 +170,17 @@ def read(path, wanted, device, dtype):
 
 
 def load_checkpoint(path, model):
-    """Copy the trained tensors of a run's checkpoint into a model; returns the `state` saved with them.
-
-    They take the dtype of the model's parameters; adapters that the model lacks are merged into its weights.
-    Raises InputError for a file that is damaged or does not fit the model, before anything is changed.
-    """
-    trained, _, state, scale = read_checkpoint(path)
+    """Copy the trained tensors of a run's checkpoint into a model. See `read_checkpoint` and `lora.lay_over`."""
+    from model.lora import lay_over
+    trained, _, _, scale = read_checkpoint(path)
     lay_over(model, trained, scale, path)
-    return state
 
 
 def read_checkpoint(path):
-    """Read a checkpoint -> (trained tensors, optimizer state, `state`, scale of its adapters). Raises InputError.
+    """Read a checkpoint -> (trained tensors, optimizer state, `state`, scale of its adapters).
 
-    Tensors are in dicts by official name, those of the optimizer after their kind: "exp_avg.mlp1.1.weight".
+    Tensors are in dicts by official name, those of the optimizer after their kind: "exp_avg.mlp1.1.weight". Raises
+    InputError, also where a byte changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -202,9 +189,10 @@ def read_checkpoint(path):
             if checksum(names, file.get_tensor, state) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
-            trained = {name[6:]: file.get_tensor(name) for name in names if name.startswith("model.")}
-            optimizer = {name[10:]: file.get_tensor(name) for name in names if name.startswith("optimizer.")}
-            return trained, optimizer, json.loads(state), scale
+            tensors = {"model": {}, "optimizer": {}}
+            for kind, _, name in (name.partition(".") for name in names):
+                tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
+            return tensors["model"], tensors["optimizer"], json.loads(state), scale
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -224,6 +212,7 @@ def checksum(names, tensor_of, state):
 
 def save(model, folder):
     """Write a model folder. See `InternVL.save_pretrained`."""
+    from model.lora import merged
     folder = Path(folder)
     tensors = {official_name(name): tensor.to("cpu", model.stored_dtypes[name]).contiguous()
                for name, tensor in merged(model)}

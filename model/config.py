@@ -1,6 +1,5 @@
-"""Which numbers define InternVL2-1B? The defaults below are the answer; `Config.read` takes them from a config.json.
+"""Which numbers define InternVL2-1B? The defaults below; `Config.read` takes others from a config.json.
 
-All that follows from these numbers is a property, so it can never disagree with them.
 Source: the official config.json of OpenGVLab/InternVL2-1B.
 """
 import json
@@ -50,31 +49,37 @@ class Config:
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     shuffle: int = 2                    # the projector merges shuffle x shuffle patches into one image token
-    thumbnail: bool = True              # a page cut into several tiles is also seen whole
+    thumbnail: bool = True              # a page of several tiles gets one more tile: the whole page
     stored_dtype: str = "bfloat16"      # of a checkpoint written from scratch
 
     @property
     def tokens_per_tile(self):          # (32 / 2)^2 = 256
         return (self.vision.grid // self.shuffle) ** 2
 
+    def __post_init__(self):
+        vision, language = self.vision, self.language
+        if (vision.width % vision.heads or language.width % language.heads or language.heads % language.kv_heads
+                or vision.tile_pixels % vision.patch_pixels or self.shuffle < 1 or vision.grid % self.shuffle
+                or language.head_width % 2):
+            raise ValueError("widths, heads and tile do not divide as they must")
+
     @classmethod
     def read(cls, path):
         """Read an official config.json. Raises InputError for a file or an architecture that we cannot build."""
-        path = Path(path)
         try:
-            if path.stat().st_size > 1_000_000:
-                raise ValueError("over 1 MB")
-            official = json.loads(path.read_text(encoding="utf-8"))
+            official = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); a model folder has a config.json") from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error}); expected the model's official config.json") from error
         try:
-            vision, language = official["vision_config"], official["llm_config"]
+            vision, language = official["vision_config"], official.get("llm_config", {})
             parts = {"": official, "vision_config.": vision, "llm_config.": language}
             wrong = [f"{part}{key} is {parts[part].get(key)!r}, expected {values[0]!r}"
                      for part, keys in SUPPORTED.items() for key, values in keys.items()
                      if parts[part].get(key) not in values]
+            if official.get("model_type") == "internvl":
+                wrong = ["transformers layout; export with --format official"]
             if not wrong:
                 return cls(VisionConfig(**numbers(vision, VISION)), LanguageConfig(**numbers(language, LANGUAGE)),
                            shuffle=round(1 / official["downsample_ratio"]), thumbnail=official["use_thumbnail"],
@@ -84,35 +89,28 @@ class Config:
                              "expected the official config.json with vision_config and llm_config") from error
         raise InputError(f"{path}: not an architecture that this code builds: {'; '.join(wrong)}")
 
-    def __post_init__(self):
-        vision, language = self.vision, self.language
-        if (vision.width % vision.heads or language.width % language.heads or language.heads % language.kv_heads
-                or vision.tile_pixels % vision.patch_pixels or self.shuffle < 1 or vision.grid % self.shuffle
-                or language.head_width % 2):
-            raise ValueError("widths, heads and tile do not divide as they must")
-
 
 def numbers(official, table):
     """The values of a part's config, checked: {our name: number}."""
-    values = {ours: official[key] for ours, (key, _) in table.items()}
+    values = {}
     for ours, (key, most) in table.items():
-        if type(values[ours]) not in ((int, float) if ours in REALS else (int,)) or not 0 < values[ours] <= most:
-            raise ValueError(f"{key} is {str(values[ours])[:20]}, expected a number up to {most:,}")
+        value = values[ours] = official[key]
+        if type(value) not in (int, type(most)) or not 0 < value <= most:
+            raise ValueError(f"{key} is {str(value)[:20]}, expected a number up to {most:,}")
     return values
 
 
-# ours: (official, largest value). No model of this kind has more, and building one would take all memory.
+# our name: (official name, largest value: above those of every model of this kind, below what no memory holds)
 VISION = {
-    "width": ("hidden_size", 65_536), "layers": ("num_hidden_layers", 1_000), "heads": ("num_attention_heads", 4_096),
-    "mlp_width": ("intermediate_size", 1_000_000), "tile_pixels": ("image_size", 4_096),
-    "patch_pixels": ("patch_size", 4_096), "norm_eps": ("layer_norm_eps", 1)}
+    "width": ("hidden_size", 16_384), "layers": ("num_hidden_layers", 200), "heads": ("num_attention_heads", 512),
+    "mlp_width": ("intermediate_size", 131_072), "tile_pixels": ("image_size", 4_096),
+    "patch_pixels": ("patch_size", 4_096), "norm_eps": ("layer_norm_eps", 1.0)}
 LANGUAGE = {name: VISION[name] for name in ("width", "layers", "heads", "mlp_width")} | {
-    "kv_heads": ("num_key_value_heads", 4_096), "vocabulary": ("vocab_size", 10_000_000),
-    "rope_theta": ("rope_theta", 1e9), "norm_eps": ("rms_norm_eps", 1),
-    "max_positions": ("max_position_embeddings", 1e9)}
-REALS = ("rope_theta", "norm_eps")
+    "kv_heads": ("num_key_value_heads", 512), "vocabulary": ("vocab_size", 1_000_000),
+    "rope_theta": ("rope_theta", 1e9), "norm_eps": ("rms_norm_eps", 1.0),
+    "max_positions": ("max_position_embeddings", 10 ** 9)}
 
-# The values with which this code computes what a config.json's authors meant, InternVL2-1B's first.
+# The values of a config.json that this code implements, InternVL2-1B's first.
 SUPPORTED = {
     "": {
         "template": ("Hermes-2",),

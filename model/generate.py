@@ -1,6 +1,6 @@
 """How does the model answer? Prefill the prompts, then decode one token per open question and step; sample each.
 
-    prefill   pages with their questions  ->  logits at the last token of every question; the caches hold all that was read
+    prefill   pages with their questions  ->  logits at the last token of every question; the caches hold all tokens
     decode    one token per open question ->  logits for the next token of each
     sample    logits                      ->  token ids: the likeliest, or drawn
 """
@@ -18,28 +18,27 @@ class OpenQuestion:
     """A question that is being answered."""
     page: int                           # index of its page
     branch: int
-    row: int                            # where its last token stands in the packed row
+    row: int                            # index of its last token in the packed row
     position: int                       # position of its latest token
 
 
 @torch.inference_mode()
 def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, image_tokens=None, caches=None):
-    """Answer every open question of some pages, all of them in step.
+    """Answer all open questions of some pages together.
 
+    Yields one list per step: the next token id of each question, pages in order; None after its end-of-turn token.
     `pages`: (tiles, prompt) pairs; a prompt of branch 0 alone is one question, else each branch is one.
-    `temperature`: 0 takes the likeliest token; else tokens are drawn from the likeliest ones that together have probability
-    `top_p`. Every question draws from `seed` anew, so its answer does not depend on the other questions.
+    `temperature`: 0 takes the likeliest token; else a token is drawn from the likeliest ones that have probability
+    `top_p` together. Each question has its own generator of `seed`, so its answer does not depend on the others.
     `image_tokens`: (256 N, D) of all tiles, if `model.encode_images` was called already.
     `caches`: one KVCache per page; tokens in it are not read again, new ones are appended.
-    Yields one list per step: for each question, pages in order, the id of its next token, or None once it has ended; the
-    end-of-turn token is the last one yielded.
     """
     end = special_id(model.tokenizer, END)
     questions = open_questions(pages)
     caches = caches or [KVCache(model.config.language, 0, model.device, model.dtype) for _ in pages]
     logits = prefill(model, pages, questions, max_new_tokens, image_tokens, caches)
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in questions] if temperature else questions
-    running = list(range(len(questions)))                                   # indices of the questions that have not ended
+    running = list(range(len(questions)))                               # indices of the questions that have not ended
     for _ in range(max_new_tokens):
         tokens = sample(logits.float(), temperature, top_p, [generators[i] for i in running])
         step = dict(zip(running, tokens.tolist()))

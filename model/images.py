@@ -1,6 +1,6 @@
-"""How does a file, its bytes or an address become RGB pixels? `load_image` takes all three and returns a Pillow image.
+"""How does a file, its bytes or an address become RGB pixels? `load_image` takes all three.
 
-Limits for what comes from outside: formats, number of pixels and, for an address, time, size and network.
+Formats and number of pixels are limited; for an address also time, size and network.
 """
 import http.client
 import io
@@ -31,11 +31,9 @@ def load_image(source, allow_private=False):
     """
     if isinstance(source, Image.Image):
         return source
-    if not isinstance(source, str):
-        return read_image(source)
-    if source.startswith(("http://", "https://")):
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
         return read_image(fetch(source, allow_private), source)
-    return read_image(source, source)
+    return read_image(source, source if isinstance(source, str) else "it")
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
@@ -43,9 +41,8 @@ def load_image(source, allow_private=False):
 def read_image(source, name="it"):
     """Decode a file (a path, its bytes, or what `bytes()` turns into them) -> Pillow image of mode 1, L or RGB.
 
-    The image is what a viewer shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to
-    8, the first picture of an animation. Raises InputError for what Pillow cannot read, for 32 bits per channel and for
-    more than 89 million pixels.
+    The result is what a viewer shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to
+    8, the first frame. Raises InputError, also for 32 bits per channel and for more than 89 million pixels.
     """
     try:
         if not isinstance(source, (str, Path)):
@@ -65,17 +62,14 @@ def read_image(source, name="it"):
 
 def as_shown(image):
     """A decoded image as a viewer shows it, in mode 1, L or RGB."""
-    shown = image
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per channel; expected 8 or 16")
     if image.mode.startswith("I;16"):
         shown = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow's own conversion clips at 255
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        shown = Image.new("RGB", image.size, "white")
-        shown.paste(image, mask=image.getchannel("A"))
-    elif image.mode not in ("1", "L", "RGB"):
-        shown = image.convert("RGB")
+        shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    else:
+        shown = image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
     shown.info = image.info                                             # with the EXIF
     try:
         return ImageOps.exif_transpose(shown)
@@ -102,6 +96,8 @@ def compressed(image, quality):
 
 
 # ------------------------------------------------------------------------------------------------------------ addresses
+
+# with the standard library: which HTTP client is installed depends on the release of huggingface_hub
 
 # reserved IPv4; Teredo and 6to4, which embed an IPv4 address
 NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "2001::/32", "2002::/16")]
@@ -156,21 +152,21 @@ def fetch(address, allow_private=False):
         for _ in range(FETCH_REDIRECTS + 1):
             url = urllib.parse.urlsplit(target)
             with connect(url, allow_private, deadline) as sock:
+                path = url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl()
                 connection = http.client.HTTPConnection(url.hostname)
                 connection.sock = Received(sock, deadline)
-                path = url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl()
                 connection.request("GET", urllib.parse.quote(path, safe=string.punctuation), headers={
                     "Host": url.netloc.rpartition("@")[2].encode("idna"), "User-Agent": "internvl2"})
                 response = connection.getresponse()
-                if response.status == 200:
-                    data = response.read(FETCH_BYTES + 1)
-                    if len(data) > FETCH_BYTES:
-                        raise OSError(f"more than {FETCH_BYTES:,} bytes; expected an image")
-                    return data
-                location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
-                if response.status not in (301, 302, 303, 307, 308) or not location:
-                    raise OSError(f"HTTP Error {response.status} {http.client.responses.get(response.status, '')}")
-                target = urllib.parse.urljoin(target, location)
+                data = response.read(FETCH_BYTES + 1) if response.status == 200 else b""
+            if len(data) > FETCH_BYTES:
+                raise OSError(f"more than {FETCH_BYTES:,} bytes; expected an image")
+            if response.status == 200:
+                return data
+            location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
+            if response.status not in (301, 302, 303, 307, 308) or not location:
+                raise OSError(f"HTTP Error {response.status} {response.reason}")
+            target = urllib.parse.urljoin(target, location)
         raise OSError(f"more than {FETCH_REDIRECTS} redirects")
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"not whole after {FETCH_SECONDS} seconds" if time.monotonic() >= deadline else error

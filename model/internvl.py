@@ -1,11 +1,10 @@
-"""How do the parts meet? Pages in one row: tiles are seen and projected, words are embedded, the decoder reads both.
+"""How do the parts meet? Pages are packed into one row; image tokens take their places among the embedded words.
 
     page -> tiles (N, 3, 448, 448) -> vision (N, 1024, 1024) -> projector (N, 256, 896) -> image tokens \\
-    questions ------------------------------------> prompt (L) -> embedding (L, 896) ------ splice -----> decoder (L, 896)
-                                                                            answers only -> head (A, 151655) -> loss
+    questions -----------------------------------> prompt (L) -> embedding (L, 896) ----- splice -----> decoder (L, 896)
+                                                                                answers only -> head (A, 151655) -> loss
 
-Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; `modeling_internvl_chat.py`,
-which is published with the weights.
+Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture"; `modeling_internvl_chat.py` beside the weights.
 """
 import math
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 from model import checkpoint
-from model.chat import Chat
 from model.config import Config
 from model.language import Decoder, page_mask
 from model.projector import Projector
@@ -22,7 +20,7 @@ from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
 from model.tokenizer import special_id
 from model.vision import VisionEncoder
 
-VISION_TILES = 16                       # 16,400 rows of 1024: enough to fill a large GPU, 0.3 GB of activations in bfloat16
+VISION_TILES = 16                       # fills a large GPU with 16,400 rows; 0.3 GB of activations in bfloat16
 
 
 @dataclass
@@ -34,12 +32,12 @@ class Batch:
     image_index: torch.Tensor           # int64 (256 N,): where in the row the image tokens go
     targets: torch.Tensor               # int64 (A,): the answer tokens, those in the loss
     answer_index: torch.Tensor          # int64 (A,): where in the row each target is predicted, one place before it
-    branches: list[torch.Tensor]        # int64, on the CPU, one tensor a page
-    image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles were seen already
+    branches: list[torch.Tensor]        # int64, on the CPU, one tensor per page
+    image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles are encoded already
 
 
 class InternVL(nn.Module):
-    """The model with its `tokenizer`; `dtype` is the one it computes in, `device` where it is."""
+    """The model with its `tokenizer`; it computes in `dtype` on `device`."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,14 +82,15 @@ class InternVL(nn.Module):
                 normal(module.weight, 0.8 / math.sqrt(module.weight[0].numel()) / depth)
         normal(self.language.embedding.weight, 0.03)
         normal(self.vision.class_token, 0.5)
-        normal(self.vision.position, 0.5)       # as large as the patches' own vectors, or place drowns in content
+        normal(self.vision.position, 0.5)       # as large as the patches' vectors, or the content drowns the position
 
     def save_pretrained(self, folder):
-        """Write a model folder in the official layout, each tensor in the dtype it was loaded in; adapters are merged."""
+        """Write a model folder in the official layout, each tensor in its dtype as loaded; adapters are merged."""
         checkpoint.save(self, folder)
 
     def chat(self, **settings):
-        """A conversation with this model: `chat.ask("What is the total?", image)`. See `Chat`."""
+        """A conversation with this model: `chat.ask("What is the total?", image)`. See `model.chat.Chat`."""
+        from model.chat import Chat
         return Chat(self, **settings)
 
     @property
@@ -101,42 +100,37 @@ class InternVL(nn.Module):
     def pack(self, pages):
         """Put pages into one row, on the model's device.
 
-        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S). Raises ValueError where the prompt's image tokens and the
-        tiles do not agree, so that neither is ever cut to fit the other.
+        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S). Raises ValueError if the number of image tokens of a
+        prompt is not that of its tiles.
         """
-        image_id, device, start = special_id(self.tokenizer, IMAGE_TOKEN), self.device, 0
-        row = {name: [] for name in ("ids", "positions", "image_index", "targets", "answer_index")}
+        image_id, per_tile = special_id(self.tokenizer, IMAGE_TOKEN), self.config.tokens_per_tile
         for tiles, prompt in pages:
-            image_index = [start + i for i, token in enumerate(prompt.ids) if token == image_id]
-            if len(image_index) != len(tiles) * self.config.tokens_per_tile:
-                raise ValueError(f"{len(tiles)} tiles make {len(tiles) * self.config.tokens_per_tile} image tokens, "
-                                 f"but the prompt has {len(image_index)}")
-            answers = [i for i, label in enumerate(prompt.labels) if label != IGNORE_INDEX]
-            row["ids"] += prompt.ids
-            row["positions"] += prompt.positions
-            row["image_index"] += image_index
-            row["targets"] += [prompt.labels[i] for i in answers]
-            row["answer_index"] += [start + i - 1 for i in answers]     # a token is predicted by the one before it
-            start += len(prompt.ids)
+            if prompt.ids.count(image_id) != len(tiles) * per_tile:
+                raise ValueError(f"{len(tiles)} tiles make {len(tiles) * per_tile} image tokens, "
+                                 f"but the prompt has {prompt.ids.count(image_id)}")
+        ids, labels, positions = (torch.tensor([value for _, prompt in pages for value in getattr(prompt, name)])
+                                  for name in ("ids", "labels", "positions"))
+        answers = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        row = {"ids": ids, "positions": positions, "image_index": (ids == image_id).nonzero()[:, 0],
+               "targets": labels[answers], "answer_index": answers - 1}         # predicted by the token before
         size = self.config.vision.tile_pixels
-        tiles = [torch.as_tensor(tiles).to(device, non_blocking=True) for tiles, _ in pages if len(tiles)]
-        return Batch(tiles=torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8, device=device),
+        tiles = [torch.empty(0, 3, size, size, dtype=torch.uint8),
+                 *(torch.as_tensor(tiles) for tiles, _ in pages if len(tiles))]
+        return Batch(tiles=torch.cat([part.to(self.device, non_blocking=True) for part in tiles]),
                      branches=[torch.tensor(prompt.branches) for _, prompt in pages],
-                     **{name: torch.tensor(column, dtype=torch.long, device=device) for name, column in row.items()})
+                     **{name: column.to(self.device) for name, column in row.items()})
 
     def encode_images(self, tiles):
-        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D). `VISION_TILES` at a time, which bounds the memory."""
+        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); `VISION_TILES` at a time limit the memory."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])      # (N, 1024, 1024)
+            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])
         return self.projector(patches).flatten(0, 1)                            # (N, 256, D) -> (256 N, D)
 
     def forward(self, batch, caches=None):
-        """A batch -> logits (A, V) at its `answer_index`, in the dtype of the model.
+        """A batch -> logits (A, V) at its `answer_index`, in the model's dtype; the head runs on these tokens only.
 
         `caches`: one KVCache per page with the tokens read before; the tokens of this batch are added to it.
-        The head runs on the answers only: (A, V) logits instead of (L, V), 0.02 GB instead of 2 for four short answers on
-        a page of 3,382 tokens.
         """
         x = self.language.embedding(batch.ids).to(self.dtype)                   # (L, D)
         if len(batch.tiles):

@@ -1,6 +1,5 @@
-"""What is Qwen2? A decoder that reads a row of tokens: image tokens and words alike.
+"""What is Qwen2? A decoder that reads a row of image tokens and words.
 
-One shape of attention serves everything: the queries of new tokens over the keys of what came before and of themselves.
 A token sees every earlier token of its page that belongs to the prefix (branch 0) or to its own branch:
 
                         keys  prefix | question 1 | question 2
@@ -9,9 +8,7 @@ A token sees every earlier token of its page that belongs to the prefix (branch 
              question 2       all    |            | causal          a small mask [branches, prefix + branches]
 
 The branches of a page in training, the next turn of a chat and one decoded token are the same call with another mask.
-
-Source: Qwen2 technical report (arXiv 2407.10671), section 2; grouped-query attention arXiv 2305.13245; rotary positions
-arXiv 2104.09864; SwiGLU arXiv 2002.05202.
+Sources: Qwen2 (arXiv 2407.10671), section 2; grouped-query attention 2305.13245; RoPE 2104.09864; SwiGLU 2002.05202.
 """
 from dataclasses import dataclass
 
@@ -25,7 +22,7 @@ from model.layers import Linear, RMSNorm
 
 
 class KVCache:
-    """Keys and values of one page's tokens so far, in every layer; `grow` makes room before they are put in."""
+    """Keys and values of one page's tokens so far, in every layer; `grow` makes room before `update`."""
 
     def __init__(self, config, capacity, device, dtype):
         shape = (config.layers, config.kv_heads, capacity, config.head_width)
@@ -49,7 +46,7 @@ class KVCache:
                 setattr(self, name, new)
 
     def crop(self, tokens):
-        """Forget all but the first `tokens`; their room stays."""
+        """Forget all but the first `tokens`; the memory stays allocated."""
         self.branches = self.branches[:tokens]
 
 
@@ -58,7 +55,7 @@ class PageMask:
     """What the new tokens of one page may see."""
     tokens: int                         # number of new tokens in the row
     causal: int                         # how many of them, from the first, are the prefix: plain causal, no mask
-    mask: torch.Tensor | None           # for the others, bool (tokens - causal, past + tokens); None: they see everything
+    mask: torch.Tensor | None           # of the others, bool (tokens - causal, past + tokens); None: they see all keys
     key_branches: torch.Tensor          # int64 (past + tokens,), on the CPU: the branch of every key
     cache: KVCache | None
 
@@ -69,15 +66,15 @@ class PageMask:
 
 
 def page_mask(branches, cache=None, device="cpu"):
-    """Plan the attention of one page's new tokens.
+    """The PageMask of one page's new tokens; its past is in `cache`.
 
-    `branches`: int64 (n,) on the CPU, 0 for the prefix, 1, 2, ... for the questions. The tokens in `cache` are the page's past.
+    `branches`: int64 (n,) on the CPU, 0 for the prefix, 1, 2, ... for the questions.
     """
     past = cache.branches if cache else branches[:0]
     key_branches = torch.cat([past, branches])
     ends = (branches != 0).nonzero()
     causal = 0 if len(past) else int(ends[0]) if len(ends) else len(branches)
-    query = len(past) + torch.arange(causal, len(branches))             # places of the tokens that need a mask
+    query = len(past) + torch.arange(causal, len(branches))             # indices of the tokens that need a mask
     mask = (key_branches == 0) | (key_branches == key_branches[query, None])    # the prefix, or the token's own branch,
     mask &= torch.arange(len(key_branches)) <= query[:, None]                   # and nothing later
     mask = None if mask.all() else mask.to(device, non_blocking=True)
@@ -108,7 +105,8 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
 
     def forward(self, x, cos, sin, pages):                                          # (L, D)
-        q, k, v = (rearrange(part(x), "l (h d) -> h l d", d=self.head_width) for part in (self.query, self.key, self.value))
+        q, k, v = (rearrange(layer(x), "l (h d) -> h l d", d=self.head_width)
+                   for layer in (self.query, self.key, self.value))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)                 # (H, L, d), (K, L, d)
         tokens = [page.tokens for page in pages]
         split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), pages)
@@ -120,16 +118,14 @@ class Attention(nn.Module):
         if page.cache:
             k, v = page.cache.update(self.layer, page.past, k, v)                      # (K, past + n, d)
         q, k, v, n = q[None], k[None], v[None], page.causal
-        seen = []
+        attention, seen = F.scaled_dot_product_attention, []
         if n > 0:
-            seen.append(F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
-        if n < page.tokens:
-            if page.mask is not None:
-                seen.append(F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
-            else:                       # a decoded token: heads that share a key head stand in one row, no key is expanded
-                shared = rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1])
-                found = F.scaled_dot_product_attention(shared, k, v)
-                seen.append(rearrange(found, "1 k (g n) d -> 1 (k g) n d", n=page.tokens - n))
+            seen.append(attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
+        if n < page.tokens and page.mask is not None:
+            seen.append(attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
+        elif n < page.tokens:           # a decoded token: heads that share keys are rows of one matrix, no copy
+            shared = attention(rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1]), k, v)
+            seen.append(rearrange(shared, "1 k (g n) d -> 1 (k g) n d", n=page.tokens - n))
         return torch.cat(seen, dim=2)
 
 
@@ -143,7 +139,7 @@ class Block(nn.Module):
         self.mlp_up = Linear(config.width, config.mlp_width, bias=False)
         self.mlp_down = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, pages, rows=slice(None)):                        # (L, D) -> (L, D), or of some rows only
+    def forward(self, x, cos, sin, pages, rows=slice(None)):                        # (L, D) -> (L, D) or (A, D)
         x = (x + self.attention(self.attention_norm(x), cos, sin, pages))[rows]
         y = self.mlp_norm(x)
         return x + self.mlp_down(F.silu(self.mlp_gate(y)) * self.mlp_up(y))
@@ -156,13 +152,13 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = Linear(config.width, config.vocabulary, bias=False)             # stored on its own, never tied
+        self.lm_head = Linear(config.width, config.vocabulary, bias=False)          # never tied to the embedding
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
     def forward(self, x, positions, pages, rows=slice(None)):
         """Embedded row (L, D), int64 positions (L,), one PageMask per page -> (L, D), ready for `lm_head`.
 
-        `rows`, int64 (A,): the tokens whose vectors are needed; the last block's MLP runs on these only -> (A, D).
+        `rows`, int64 (A,): the tokens whose vectors are returned, (A, D); the last block's MLP runs on these only.
         """
         cos, sin = rotary_cos_sin(positions, self.config.head_width, self.config.rope_theta, x.dtype)
         for block in self.blocks:

@@ -1,10 +1,10 @@
-"""How does a large layer learn with few numbers? LoRA: its weight is frozen, a product of two thin matrices is added.
+"""How does a large layer learn with few parameters? LoRA: W is frozen, the product of two thin matrices is trained.
 
     y = W x + b + alpha / rank * B A dropout(x)       A (rank, in) random, B (out, rank) zeros: nothing changes at first
     W <- W + alpha / rank * B A                       merged: an ordinary weight again, at no cost
 
-Adapters are also read and written in PEFT's files. Sources: LoRA (arXiv 2106.09685), section 4.1; which layers: the
-official `wrap_llm_lora` and `wrap_backbone_lora`. A and B are float32 whatever the frozen weight is.
+A and B are float32. Sources: LoRA (arXiv 2106.09685), section 4.1; layers as in the official `wrap_llm_lora` and
+`wrap_backbone_lora`; PEFT's adapter files.
 """
 import json
 import math
@@ -56,7 +56,7 @@ def target_layers(model, targets):
 
 
 def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
-    """Give every layer in `targets` a trainable adapter, on the layer's device; the layers themselves do not change."""
+    """Give every layer in `targets` a trainable adapter, on the layer's device; `seed` draws A."""
     generator = torch.Generator().manual_seed(seed)
     for layer in target_layers(model, targets).values():
         layer.adapter = LoRA(layer.in_features, layer.out_features, rank, alpha, dropout, layer.weight.device)
@@ -75,7 +75,7 @@ def adapters(model):
 
 @torch.no_grad()
 def merged(model):
-    """Yield (our name, tensor) of the model without adapters: each is added to its layer's weight, in float32."""
+    """Yield (our name, tensor) of the model; adapters are added to their layers' weights, in float32."""
     added = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
     for name, tensor in model.state_dict().items():
         if ".adapter." not in name:
@@ -84,9 +84,9 @@ def merged(model):
 
 @torch.no_grad()
 def lay_over(model, trained, scale, source):
-    """Copy `trained`, {official name: tensor}, into a model; adapters that it lacks are merged, `scale` times B A.
+    """Copy `trained`, {official name: tensor}, into a model; merge adapters that it lacks, `scale` times B A.
 
-    A copied tensor takes the dtype of the model's. Raises InputError, naming `source`, before anything is changed.
+    Tensors take the dtype of the model's. Raises InputError, naming `source`, before anything is changed.
     """
     weights = {official_name(name): parameter for name, parameter in model.named_parameters()}
     whole = {name: tensor for name, tensor in trained.items() if name in weights or ".lora_" not in name}
@@ -107,7 +107,7 @@ def match_adapters(weights, adapted, source):
     """
     matching = []
     for layer in sorted({name.rpartition(".lora_")[0] for name in adapted}):
-        weight, a, b = weights.get(f"{layer}.weight"), *(adapted.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        weight, a, b = weights.get(f"{layer}.weight"), *(adapted.get(f"{layer}.lora_{side}.weight") for side in "AB")
         if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
             raise InputError(f"{source}: the adapter of {layer} is not of this model")
         matching.append((weight, a, b))
@@ -115,26 +115,6 @@ def match_adapters(weights, adapted, source):
 
 
 # ----------------------------------------------------------------------------------------------------------- PEFT files
-
-def adapter_files(trained, scale, base, dropout):
-    """A run's trained tensors, {official name: tensor}, in PEFT's layout -> (tensors, value of adapter_config.json).
-
-    A projector that is trained as a whole becomes a module to save. Raises InputError for a run that trains any other
-    weights as a whole, which an adapter cannot hold, or no adapter at all.
-    """
-    ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
-    whole = [name for name in trained if ".lora_" not in name]
-    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
-    if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
-        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
-                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
-                         "write it with --format official")
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": scale * ranks[0],
-              "lora_dropout": dropout, "bias": "none",
-              "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
-              "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
-    return {PREFIX + name: tensor for name, tensor in trained.items()}, config
-
 
 def read_adapter_config(folder):
     """Read a PEFT folder's description -> (base model, scale of B A). Raises InputError for all but plain LoRA."""
@@ -157,8 +137,7 @@ def read_adapter_config(folder):
 def load_adapter(folder, model):
     """Merge a PEFT folder into a model, whether it was made on the official model or on transformers' own.
 
-    Tensors that it holds as a whole are copied. Raises InputError for files that cannot be read and for layers that the
-    model lacks.
+    Raises InputError for files that cannot be read and for layers that the model lacks.
     """
     (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
     try:

@@ -1,7 +1,6 @@
-"""What is trained? This: the bridge from what the vision encoder sees to what the language model reads.
+"""What is trained? The projector: pixel shuffle and an MLP turn patches into tokens that the language model reads.
 
-InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture": pixel shuffle, then an MLP. 4,482,816 parameters in
-InternVL2-1B, the only ones that move in the default run.
+4,482,816 parameters in InternVL2-1B. Source: InternVL 1.5 (arXiv 2404.16821), section "Overall Architecture".
 """
 import torch.nn.functional as F
 from einops import rearrange
@@ -20,8 +19,8 @@ class Projector(nn.Module):
         self.out = Linear(config.language.width, config.language.width)
 
     def forward(self, patches):
-        """(N, 1024, 1024) patches of N tiles -> (N, 256, 896) image tokens, in the dtype given."""
-        # 2 x 2 neighbouring patches become one token; both grids are row by row
+        """(N, 1024, 1024) patches -> (N, 256, 896) image tokens, in the dtype of the patches."""
+        # 2 x 2 neighboring patches become one token; both grids are row by row
         x = rearrange(patches, "n (h rh w rw) d -> n (h w) (rh rw d)", w=self.grid // self.shuffle,
                       rh=self.shuffle, rw=self.shuffle)             # (N, 256, 4096)
         return self.out(F.gelu(self.up(self.norm(x))))              # (N, 256, 896)

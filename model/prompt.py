@@ -6,9 +6,8 @@ A page is written once, its questions are branches of it:
     branch 1    \\nWhat is the date?<|im_end|><|im_start|>assistant\\n[January 8, 1993.<|im_end|>]     [in the loss]
     branch 2    \\nWho signed it?<|im_end|><|im_start|>assistant\\n[W. Jones<|im_end|>]
 
-The positions of every branch begin where the prefix ends. Tokens, labels, positions and branches are appended together,
-piece by piece, so a label always stands beside its token. Text that a user typed is always read as plain text:
-"<|im_end|>" in a question is ten characters, not the end of the turn.
+The positions of every branch begin where the prefix ends. Text that a user typed is always plain text: "<|im_end|>" in
+a question is ten characters, not the end of the turn.
 
 Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` published with it.
 """
@@ -60,21 +59,21 @@ class PromptBuilder:
         self.special(START)
         self.text(f"system\n{sentence}")
         self.special(END)
-        self.special(START)
 
     def question(self, text, images):
         """A user's turn up to its end; each "<image>" becomes the next of `images`, an iterator over tile counts."""
+        self.special(START)
         self.text("user\n")
         for i, part in enumerate(text.split(PLACEHOLDER)):
             tiles = next(images, None) if i else None
             if tiles is not None:
                 self.image(tiles)
             elif i:
-                self.text(PLACEHOLDER)                      # more places than images: the rest are plain text
+                self.text(PLACEHOLDER)                      # more placeholders than images: the rest are plain text
             self.text(part)
 
     def reply(self, answer):
-        """End the user's turn and write the answer, which is in the loss; None: stop where the answer begins."""
+        """End the user's turn and write the answer, which is in the loss; stop where it begins if it is None."""
         self.special(END)
         self.special(START)
         self.text("assistant\n")
@@ -91,23 +90,21 @@ class PromptBuilder:
             self.pending = ""
 
     def append(self, ids, in_loss):
-        prompt = self.prompt
-        prompt.ids += ids
-        prompt.labels += ids if in_loss else [IGNORE_INDEX] * len(ids)
-        prompt.positions += range(self.position, self.position + len(ids))
-        prompt.branches += [self.branch] * len(ids)
+        self.prompt.ids += ids
+        self.prompt.labels += ids if in_loss else [IGNORE_INDEX] * len(ids)
+        self.prompt.positions += range(self.position, self.position + len(ids))
+        self.prompt.branches += [self.branch] * len(ids)
         self.position += len(ids)
 
 
 def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, system=None, history=(),
                question_start=None):
-    """Write a page with all its conversations, each a branch of its own.
+    """Write a page with all its conversations, each a branch -> (Prompt, indices of the branches that were left out).
 
-    `tiles`: number of tiles of each of the page's images, which come first, one on a line. `branches`: one list of
-    (question, answer) turns per conversation; an answer None is left to the model. `max_length`: tokens of a branch
-    together with the prefix. `system`: text of the system turn, if not the model's own. Where the images do not simply
-    come first, the prefix has `history`, whole turns, and `question_start`, the next question up to its last "<image>".
-    Returns the prompt, and the indices of the branches that do not fit and are left out.
+    `tiles`: number of tiles of each image; the images come first, one per line. `branches`: one list of (question,
+    answer) turns per conversation; the model writes an answer that is None. `max_length`: largest number of tokens of
+    prefix and branch together. `system`: text of the system turn, if not the model's own. Where the images do not come
+    first, the prefix has `history`, whole turns, and `question_start`, the next question up to its last "<image>".
 
     >>> write_page(tokenizer, 256, [7], [[("What is the date?", "January 8, 1993.")]])[0].ids[-2:]
     [13, 151645]
@@ -117,9 +114,10 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     for question, answer in history:
         builder.question(question, images)
         builder.reply(answer)
-        builder.special(START)
     if tiles:
         builder.question(question_start or "\n".join([PLACEHOLDER] * len(tiles)), images)
+    else:
+        builder.special(START)
     begins_with = "" if question_start else "\n" if tiles else "user\n"
     prompt, too_long = builder.prompt, []
     prefix = len(prompt.ids)
@@ -127,12 +125,10 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
         begin = len(prompt.ids)
         builder.branch, builder.position = builder.branch + 1, prefix
         for i, (question, answer) in enumerate(turns):
-            if i:
-                builder.special(START)
-            builder.text(("user\n" if i else begins_with) + question)
+            builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
         if max_length and prefix + len(prompt.ids) - begin > max_length:
-            for column in (prompt.ids, prompt.labels, prompt.positions, prompt.branches):
+            for column in vars(prompt).values():
                 del column[begin:]
             builder.branch -= 1
             too_long.append(index)
@@ -140,26 +136,24 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
 
 
 def write_conversation(tokenizer, tokens_per_tile, tiles, turns, images=None):
-    """Write one conversation: a prompt of branch 0 alone.
+    """Write one conversation -> Prompt of branch 0 alone.
 
-    `tiles`: number of tiles of each image, in order. `turns`: (question, answer) pairs; the last answer may be None and
-    is then left to the model. Each image takes the place of the next "<image>" in the questions; without any, the
-    images come first, one on a line. `images`: how many of them belong to each turn; a turn's places take no others.
-    Raises InputError for fewer places than images.
+    `tiles`: number of tiles of each image. `turns`: (question, answer) pairs; the model writes a last answer that is
+    None. Each image replaces the next "<image>" in the questions; without any, the images come first, one per line.
+    `images`: the number of images of each turn, which replace its own placeholders only. Raises InputError for fewer
+    placeholders than images.
     """
-    places = [question.count(PLACEHOLDER) for question, _ in turns]
-    if images is None and tiles and not any(places):
+    placeholders = [question.count(PLACEHOLDER) for question, _ in turns]
+    if images is None and tiles and not any(placeholders):
         turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
     else:
-        for found, wanted in zip(places, images) if images else [(sum(places), len(tiles))]:
+        for found, wanted in zip(placeholders, images) if images else [(sum(placeholders), len(tiles))]:
             if found < wanted:
                 raise InputError(f"{wanted} images, but {found} {PLACEHOLDER} in the question: "
                                  "write one for each image, or none")
     builder, remaining = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
     builder.system()
     for i, (question, answer) in enumerate(turns):
-        if i:
-            builder.special(START)
         builder.question(question, itertools.islice(remaining, images[i]) if images else remaining)
         builder.reply(answer)
     return builder.prompt

@@ -11,19 +11,19 @@ from torch.utils.checkpoint import checkpoint
 
 from model.layers import LayerNorm, Linear
 
-# Mean and deviation of ImageNet's colours, RGB: the encoder was trained on pixels normalized with them.
+# mean and standard deviation of ImageNet's colors, RGB: the encoder was trained on pixels normalized with them.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalize(tiles, dtype):
     """uint8 (N, 3, S, S) -> `dtype` of the same shape, computed in float32 on the tiles' own device."""
     mean, deviation = (torch.tensor(c, device=tiles.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    # 255 as a tensor: dividing by a number, CUDA multiplies with its rounded reciprocal
+    # 255 as a tensor: CUDA replaces a division by a Python number with a product with its rounded reciprocal
     return ((tiles.float() / torch.tensor(255.0, device=tiles.device) - mean) / deviation).to(dtype)
 
 
 class Attention(nn.Module):
-    """Every patch looks at every patch of its tile."""
+    """Every patch attends to every patch of its tile."""
 
     def __init__(self, config):
         super().__init__()
@@ -63,11 +63,11 @@ class VisionEncoder(nn.Module):
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
     def forward(self, tiles, dtype):
-        """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` a patch, row by row."""
+        """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` per patch, row by row."""
         x = normalize(tiles, dtype)
         x = F.conv2d(x, self.patch.weight.to(dtype), self.patch.bias.to(dtype), stride=self.patch.stride)
         x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)
         x = torch.cat([self.class_token.to(dtype).expand(len(x), -1, -1), x], dim=1) + self.position.to(dtype)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)       # (N, 1025, D)
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return x[:, 1:]                                                             # the class token is not used

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from data import PageDataset, group_rows_into_pages
 from model import InputError, InternVL
 from extras.run_folder import restore_checkpoint, save_checkpoint
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, read_checkpoint
 from model.lora import TARGETS, add_adapters, adapters, merged, target_layers
 from reference import reference_model, reference_pixels
 from small_data import mixed_rows
@@ -200,7 +200,8 @@ def test_a_checkpoint_of_adapters_is_merged_where_there_are_none_and_restored_wh
     accumulate_gradients(adapted, [example(adapted)], 1)
     optimizer.step()
     save_checkpoint(tmp_path / "run" / "step-1.safetensors", adapted, optimizer, {"step": 1})
-    assert load_checkpoint(tmp_path / "run" / "step-1.safetensors", plain) == {"step": 1}
+    assert read_checkpoint(tmp_path / "run" / "step-1.safetensors")[2] == {"step": 1}
+    load_checkpoint(tmp_path / "run" / "step-1.safetensors", plain)
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in merged(adapted))
     add_adapters(fresh, rank=4, alpha=8, seed=9)
     choose_parts(fresh, "lora")

@@ -11,7 +11,7 @@ class Passing(Projector):
     """A projector whose MLP lets everything pass, so that the shuffle can be seen."""
 
     def __init__(self, grid, width):
-        super().__init__(dataclasses.replace(Config(), vision=VisionConfig(width=width, heads=1, tile_pixels=grid, patch_pixels=1)))
+        super().__init__(dataclasses.replace(Config(), vision=VisionConfig(width, heads=1, tile_pixels=grid, patch_pixels=1)))
         self.norm = self.up = self.out = torch.nn.Identity()
 
 

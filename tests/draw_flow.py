@@ -16,10 +16,11 @@ from matplotlib import pyplot
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image, ImageDraw, ImageFont
 
+from extras.pictures import IMAGE, LOSS, PREFIX, TEXT
 from model.config import Config
 from model.tiling import choose_grid, tile_page
 
-FROZEN, TRAINED, LEARNED, PLAIN = "#dbe4ee", "#ffd27f", "#bfe3c0", "#f2f2f2"
+FROZEN, TRAINABLE, IN_LOSS, PLAIN = PREFIX, IMAGE, LOSS, TEXT           # the colors of all pictures
 
 
 def draw_letter():
@@ -76,21 +77,21 @@ def main():
     # seen and projected
     box(76, 47, 22, 14, f"vision encoder\nInternViT, 24 blocks\nfrozen\n({n}, {patches}, {width})", FROZEN)
     arrow(99, 54, 102.5, 54)
-    box(103.5, 47, 28, 14, f"projector\n2 x 2 patches → 1 token\ntrained: 4,482,816 weights\n({n}, {tokens}, {text_width})", TRAINED)
+    box(103.5, 47, 28, 14, f"projector\n2 x 2 patches → 1 token\ntrainable: 4,482,816 weights\n({n}, {tokens}, {text_width})", TRAINABLE)
     label(87, 64.5, "model/vision.py", 9, family="monospace")
     label(117.5, 64.5, "model/projector.py", 9, family="monospace")
     label(15, 41.6, "model/tiling.py", 9, family="monospace")
 
     # the row of tokens
     prefix = 38 + 3 + 1 + tokens * n + 1                        # system turn, user header, <img>, image tokens, </img>
-    label(77, 40, "one row of tokens a page: the prefix once, every question a branch of it", 10)
+    label(77, 40, "one row of tokens per page: the prefix once, every question a branch of it", 10)
     label(127, 37.4, "model/prompt.py", 9, family="monospace")
     box(2, 27, 19, 7, "system turn,\nuser header", PLAIN)
-    box(22, 27, 34, 7, f"<img> {tokens * n:,} image tokens </img>", TRAINED)
+    box(22, 27, 34, 7, f"<img> {tokens * n:,} image tokens </img>", TRAINABLE)
     box(58, 27, 24, 7, "What is the date?", PLAIN)
-    box(82.6, 27, 18, 7, "January 8, 1993.", LEARNED)
+    box(82.6, 27, 18, 7, "January 8, 1993.", IN_LOSS)
     box(103, 27, 20, 7, "What is the total?", PLAIN)
-    box(123.6, 27, 12, 7, "$19.50", LEARNED)
+    box(123.6, 27, 12, 7, "$19.50", IN_LOSS)
     axes.plot([117.5, 117.5, 39], [46.6, 37.4, 37.4], color="#555555", linewidth=1.2)
     arrow(39, 37.7, 39, 34.3)
     for x, w, text in ((2, 54, f"prefix: positions 0 … {prefix - 1:,}"), (58, 42.6, f"branch 1: positions {prefix:,} …"),
@@ -105,9 +106,9 @@ def main():
         "a branch sees the prefix and itself    (model/language.py)", FROZEN, 11)
     for x in (91.6, 129.6):
         arrow(x, 9.6, x, 6.4)
-    label(91, 3.4, f"head: logits (answer tokens, {config.language.vocabulary:,}), only where something is learned  →  loss "
+    label(91, 3.4, f"head: logits (answer tokens, {config.language.vocabulary:,}), only where the loss is taken  →  loss "
           "= sum over the step / its answer tokens", 9.5)
-    for x, color, text in ((4, FROZEN, "frozen"), (14, TRAINED, "trained"), (25, LEARNED, "learned")):
+    for x, color, text in ((4, FROZEN, "frozen"), (14, TRAINABLE, "trainable"), (26, IN_LOSS, "in the loss")):
         box(x, 2.4, 2.4, 2.4, "", color)
         axes.text(x + 3.4, 3.6, text, va="center", fontsize=9)
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from extras.sources import count_rows, named_parts, open_rows
 from example_formats import jsonl, write_formats
 from model import InputError
 from extras.formats import FORMATS, read_entry, read_file
+from extras.pictures import draw_tiles
 from model.prompt import INSTRUCTION, write_conversation
 from model.images import read_image
-from model.tiling import tile_page
+from model.tiling import choose_grid, tile_page
 from model.tiny.pages import draw_page
 
 
@@ -47,7 +49,7 @@ def files(asked):
 
 
 def contents(pages):
-    return [(page.images, page.questions, page.answers, page.accepted, page.follows, page.system, page.head, page.rows) for page in pages]
+    return [(page.images, page.questions, page.answers, page.accepted, page.follows, page.system, page.question_start, page.rows) for page in pages]
 
 
 def test_every_format_gives_the_same_pages_tokens_and_tiles(files, asked, tiny):
@@ -286,34 +288,37 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
 
 
 def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(FORMATS, "ask", lambda entry: [("user", entry["ask"]), ("assistant", entry["say"][0])])
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"][0])], entry.get("of", [])))
     (tmp_path / "own.jsonl").write_text(jsonl([{"ask": "What?", "say": ["This."]}, {"ask": "What?"}, {"ask": "What?", "say": []}, {"ask": "What?", "say": None}]))
     lines = call(data, capsys, monkeypatch, "check", tmp_path / "own.jsonl")[1].splitlines()
-    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format known by its key ask", "IndexError", "TypeError")), 2):
+    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format with the key ask", "IndexError", "TypeError")), 2):
         assert f"own.jsonl:{number}: {reason}" in line
 
 
-@pytest.mark.parametrize("text, line, reason", [
-    ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', 3, "turn 2 is missing"),
-    ('[{"query": "a", "response": "b"}, {"query": "a"}]', 1, "entry 2: turn 2 is missing"),
-    ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', 3, "Expecting ',' or ']'"),
-    ('[\n {"query": "a", "response": "b"},\n]', 3, "no JSON"), ('[\n {"query": "a", "response": "b"},\n', 3, "no JSON"),
-    ('[\n {"query": "a", "response": "b"}\n]\nmore', 4, "Extra data"), ("", 1, "no rows"), ("\n\n", 1, "no rows"), ("[\n]", 1, "no rows"), ("[" * 100_000, 1, "no JSON"),
-    ('{\n "a": {"root": "x"}\n "b": 1}', 3, "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', 2, "annotation"),
-    ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', 2, "y: 5; expected an object"), ('{\n\n"x": {"annotation": 5}}', 3, "annotation is 5; expected a file"),
-    ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', 1, 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', 1, "above 0"),
-    ('{"x": {"annotation": "ok.jsonl", "max_dynamic_patch": 0}}', 1, "expected 1 to 128"), ('{"x": {"annotation": "ok.jsonl", "data_augment": 1}}', 1, "true or false"),
-    ('{"x": {"annotation": "ok.jsonl", "length": 7}}', 1, "length is 7, but ok.jsonl has 1 rows"),
-    ('{"x": {"annotation": "mix.json"}}', 1, "is a mixture file itself"),
+@pytest.mark.parametrize("text, place, reason", [
+    ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', ": entry 2", "turn 2 is missing"),
+    ('[{"query": "a", "response": "b"}, {"query": "a"}]', ": entry 2", "turn 2 is missing"),
+    ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', ":3", "Expecting ',' delimiter"),
+    ('[\n {"query": "a", "response": "b"},\n]', ":3", "no JSON"), ('[\n {"query": "a", "response": "b"},\n', ":3", "no JSON"),
+    ('[{"query": "a", "response": "b"},\n {"query": "a"', ":2", "no JSON"),
+    ('[\n {"query": "a", "response": "b"}\n]\nmore', ":4", "Extra data"), ("", ":1", "no rows"), ("\n\n", ":1", "no rows"), ("[\n]", ":1", "no rows"),
+    ("[" * 100_000, ":1", "no JSON"),
+    ('{\n "a": {"root": "x"}\n "b": 1}', ":3", "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', ": x", "annotation"),
+    ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', ": y", "5; expected an object"), ('{\n\n"x": {"annotation": 5}}', ": x", "annotation is 5; expected a file"),
+    ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', ": x", 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', ": x", "above 0"),
+    ('{"x": {"annotation": "ok.jsonl", "repeat_time": true}}', ": x", "above 0"), ('{"x": {"annotation": "ok.jsonl", "root": 5}}', ": x", "root is 5"),
+    ('{"x": {"annotation": "ok.jsonl", "max_dynamic_patch": 0}}', ": x", "expected 1 to 128"), ('{"x": {"annotation": "ok.jsonl", "data_augment": 1}}', ": x", "true or false"),
+    ('{"x": {"annotation": "ok.jsonl", "length": 7}}', ": x", "length is 7, but ok.jsonl has 1 rows"),
+    ('{"x": {"annotation": "mix.json"}}', ": x", "is a mixture file itself"),
 ])
-def test_lists_and_mixtures_tell_the_line_too(tmp_path, capsys, monkeypatch, text, line, reason):
+def test_lists_and_mixtures_name_the_entry_and_broken_json_its_line(tmp_path, capsys, monkeypatch, text, place, reason):
     (tmp_path / "ok.jsonl").write_text('{"query": "a", "response": "b"}\n')
     (tmp_path / "mix.json").write_text('{"x": {"annotation": "ok.jsonl"}, "y": {"annotation": "ok.jsonl"}}')
     (tmp_path / "a.json").write_text(text)
     status, out, _ = call(data, capsys, monkeypatch, "check", tmp_path / "a.json")
-    assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}:{line}: ") and reason in out, out
-    if line and "length" not in reason:
-        assert f"a.json:{line}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
+    assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}{place}: ") and reason in out, out
+    if "length" not in reason:
+        assert f"a.json{place}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
 
 
 def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkeypatch):
@@ -326,19 +331,21 @@ def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkey
 
 
 def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeypatch):
+    """Tiles as `infer.py --show` draws them, tokens branch by branch, those in the loss in brackets."""
     picture = tmp_path / "tiles.png"
     status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
     n = len(example.tiles)
-    assert f"tiles: {picture}" in out and Image.open(picture).size == (n * 136 - 8, 128)
+    drawn = draw_tiles([SimpleNamespace(tiles=example.tiles, grid=choose_grid(*Image.open(page.images[0]).size, 12, 128))], 64)
+    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == drawn.tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
     assert f"<IMG_CONTEXT> x {n * 64}" in out
-    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} learned"
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"
@@ -394,7 +401,7 @@ def test_a_mixture_file_is_read_once_and_again_when_it_changes(tmp_path):
 def test_images_without_a_place_begin_the_last_question_in_ms_swift(row):
     """In ms-swift images without a tag are inserted at the start of the last query. Elsewhere they begin the first."""
     found = read_entry(row | {"images": ["a.png"]})
-    assert found["opening"] == [("What?", "A.")] and found["head"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
+    assert found["history"] == [("What?", "A.")] and found["question_start"] == "<image>" and found["turns"] == [("\nAnd that?", "B.")]
     llava = {"conversations": [{"from": who, "value": text} for who, text in (("human", "What?"), ("gpt", "A."), ("human", "And that?"), ("gpt", "B."))]}
     found = read_entry(llava | {"image": "a.png"})
-    assert (found["opening"], found["head"], found["turns"]) == ([], None, [("What?", "A."), ("And that?", "B.")])
+    assert (found["history"], found["question_start"], found["turns"]) == ([], None, [("What?", "A."), ("And that?", "B.")])

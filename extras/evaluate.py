@@ -111,17 +111,18 @@ def timed(model, prompts, **settings):
 class Earlier:
     """The answers of an interrupted command, taken in the order of their questions.
 
-    `read(path)`: returns the dicts in an existing file. Raises InputError for a file that cannot be resumed.
+    `read(path)`: returns the dicts in the file. Raises InputError for a file that cannot be resumed.
     """
 
     def __init__(self, path, read):
         self.path = path
         try:
-            self.answers = deque(read(path) if path and path.exists() else ())
+            self.answers = deque(read(path) if path else ())
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{path}: cannot be resumed ({type(error).__name__}: {error}); choose another file") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}: cannot be resumed ({reason}); choose another file") from error
 
     def take(self, **question):
         """The answer to the next question, None after the last. Raises InputError if it answers another one."""
@@ -134,22 +135,10 @@ class Earlier:
             raise InputError(f"{self.path}: its answers are not to the first of these questions; choose another file")
 
 
-def whole_lines(path):
-    """The bytes of a file up to the end of its last whole line: an interrupted command may leave half a line."""
-    data = path.read_bytes()
-    return data[:data.rfind(b"\n") + 1]
-
-
-def open_lines(path):
-    """Open a file to append lines, on standard output without a path. Raises InputError."""
-    if path is None:
-        return contextlib.nullcontext(sys.stdout)
-    try:
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    file.truncate(len(whole_lines(path)))
-    return file
+def read_lines(path):
+    """The objects of a jsonl file without the half line that an interruption may leave; the file is made if need be."""
+    path.touch()
+    return [dict(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def write_json(path, value):
@@ -158,11 +147,7 @@ def write_json(path, value):
         if path:
             write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path, error):
-    return InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again")
+        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
 
 
 # ------------------------------------------------------------------------------------------------ --questions, --folder
@@ -252,23 +237,25 @@ class QuestionDataset(PageDataset):
 def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_tiles=12, **settings):
     """Write a line of JSON per (question, images) pair, in their order, to a file or to standard output.
 
-    `path`: the file; questions that it answers are skipped. `batch`: pages answered at once. `max_tiles`: of each image.
+    `path`: the file; questions that it answers are skipped. `batch`: pages answered at once. `max_tiles`: of an image.
     `settings`: as of `generate`. A question that cannot be answered gets {"question", "error"}.
     Raises InputError for a file that answers other questions.
     """
-    earlier = Earlier(path, lambda path: [dict(json.loads(line)) for line in whole_lines(path).splitlines()])
+    earlier = Earlier(path, read_lines)
     waiting = deque(number for number, (question, images) in enumerate(asked)
                     if earlier.take(question=question, images=images) is None)
     earlier.check_all_taken()
     pages = question_pages((number, *asked[number]) for number in waiting)
     examples, written = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private)), {}
-    with open_lines(path) as file:
+    with path.open("a", encoding="utf-8") if path else contextlib.nullcontext() as file:
+        if path:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)           # an interruption may leave half a line
         for one in answer(model, examples, batch, **settings):
             number = one.page.ids[one.index]
             question, images = asked[number]
             line = one.report or {"question": question, "error": one.error}
             written[number] = line | {"question": question, "images": images}
-            while waiting and waiting[0] in written:                    # questions about other pages may come before it
+            while waiting and waiting[0] in written:            # questions about other pages may come before it
                 print(json.dumps(written.pop(waiting.popleft()), ensure_ascii=False), file=file, flush=True)
 
 
@@ -277,9 +264,9 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
 def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False):
     """Answer and score all questions of some rows -> (a dict per question, as `score_table` takes them; its table).
 
-    `settings`: {flag: value} of everything that the answers depend on. `path`: the challenge's predictions; questions that
-    they answer are skipped; NAME.scores.json beside it has the settings and the scores. `batch`: pages answered at once.
-    The answer to a question that cannot be answered is empty.
+    `settings`: {flag: value} of everything that the answers depend on. `path`: the predictions, in the challenge's format;
+    questions that they answer are skipped; NAME.scores.json beside it gets the settings and the scores. `batch`: pages
+    answered at once. The answer to a question that cannot be answered is empty.
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     scores_path = path and path.with_suffix(".scores.json")
@@ -310,7 +297,9 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
 
 
 def read_predictions(path, scores_path, settings):
-    """The predictions in a file. Raises InputError if they were made with other settings."""
+    """The predictions in a file, if there is one. Raises InputError if they were made with other settings."""
+    if not path.exists():
+        return []
     before = json.loads(scores_path.read_text(encoding="utf-8"))["settings"]
     changed = " ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name, value in settings.items()
                        if before.get(name) != value)

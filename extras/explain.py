@@ -24,9 +24,6 @@ from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_p
 from model.tokenizer import special_id
 
 LIKELIEST = 5                           # tokens shown of each distribution
-# of prompt.SYSTEM, for readers without Chinese and machines without a Chinese font
-TRANSLATION = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your "
-               "English name is InternVL, and you are a helpful and harmless AI assistant.")
 
 
 @dataclass
@@ -53,7 +50,7 @@ def explain(model, image, question, max_tiles=12, max_new_tokens=64):
     """A Pillow image and a question about it -> (HTML text, the greedy answer). Raises InputError."""
     run = follow(model, image, question, max_tiles, max_new_tokens)
     answer = run.chat.turns[0].answer
-    values = {"question": html.escape(question), "answer": html.escape(answer), "translation": TRANSLATION}
+    values = {"question": html.escape(question), "answer": html.escape(answer)}
     values |= page_values(run, max_tiles) | answer_values(run) | shapes(run)
     values |= {f"{name}_picture": embedded(picture) for name, picture in pictures(run).items()}
     values = {name: f"{value:,}" if isinstance(value, int) else value for name, value in values.items()}

@@ -37,7 +37,7 @@ def anls(prediction, answers):
 
 
 def anls_stvqa(prediction, answers):
-    """As `anls`, but of lower-case texts without space around them, whose lengths count, too."""
+    """As `anls`, but of lower-case texts without space around them, whose lengths count."""
     score = 1 - nearest(prediction.strip().lower(), [answer.strip().lower() for answer in answers])
     return score if score >= 0.5 else 0.0
 

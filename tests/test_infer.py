@@ -66,6 +66,19 @@ def test_standard_output_is_the_answer_alone(ask, page):
     assert ask("--image", page, "What is the date?") == answer + "\n"
 
 
+def test_without_an_image_a_remark_says_so(folder, page, capsys, monkeypatch):
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "What is the date?")
+    status, answer, err = call(infer, capsys, monkeypatch, *flags)
+    assert (status, err) == (0, "no image: text only\n") and answer
+    assert call(infer, capsys, monkeypatch, "--image", page, *flags)[2] == ""
+
+
+@pytest.mark.parametrize("flags", [("What", "is it?"), ("What", "--json", "is it?"), ("--image", "x.png", "What", "is", "it?")])
+def test_two_questions_are_one_line(capsys, monkeypatch, flags):
+    assert "one QUESTION; quote it, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
+    assert "unrecognized arguments: --imge" in refuses(infer, capsys, monkeypatch, "--imge", "x.png", *flags)
+
+
 def test_images_and_tiles_are_counted(ask, page):
     result = json.loads(ask("--image", page, "--image", page, "--max-tiles", 1, "--json", "<image> or <image>?"))
     assert result["tiles"] == [1, 1]
@@ -294,7 +307,7 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
 def test_a_default_run_imports_only_what_it_needs():
     """One question about one image: no other mode, no web server, no scores."""
     imported = {name for node in ast.parse((ROOT / "infer.py").read_text()).body if isinstance(node, ast.ImportFrom) for name in [node.module]}
-    assert {name for name in imported if name.startswith("extras")} == {"extras.video"}
+    assert {name for name in imported if name.startswith("extras")} == {"extras.cli", "extras.video"}
     code = "import sys, infer; print(*(name for name in sys.modules if name.startswith('extras.')))"
     found = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
     assert "extras.video" in found
@@ -404,7 +417,10 @@ def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page,
              {"query": "What is the total?", "response": "2", "images": ["page.png"]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table = ask("--evaluate", tmp_path / "a.jsonl", "--predictions", tmp_path / "p.json")
-    assert "3 questions, 3 of them with an answer" in table and "anls_challenge" in table
+    assert "3 questions, 3 of them with an answer" in table 
+    assert table.splitlines()[1].split() == ["questions", "exact_match", "anls"]           # the other scores are in the file
+    scores = json.loads((tmp_path / "p.scores.json").read_text())["scores"]
+    assert set(scores["all"]) == {"questions", *SCORES} and f"{scores['all']['anls']:.4f}" in table.splitlines()[2]
     predictions = json.loads((tmp_path / "p.json").read_text())
     assert [line["questionId"] for line in predictions] == ["a/1", "a/2", f"{tmp_path / 'a.jsonl'}:2"]
     assert predictions[0]["answer"] + "\n" == ask("--image", page, "What is the date?")

@@ -7,9 +7,8 @@ from PIL import Image, ImageChops
 
 from extras.pictures import EDGE, attention, draw_attention, draw_tiles, grid_of, runs_of_tokens
 from model import InternVL
-from model.prompt import page_prompt
 from model.tiny.pages import CELL, draw_page, glyph
-from reference import reference_model, reference_pixels
+from reference import page_prompt, reference_model, reference_pixels
 
 
 def test_the_tiles_drawn_are_the_tiles_read(tiny):

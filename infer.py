@@ -12,13 +12,13 @@
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
+import json
 from pathlib import Path
 
 from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
 from model.tokenizer import clean
-
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -185,7 +185,10 @@ def evaluate(arguments):
     made_with["dtype"] = str(model.dtype).split(".")[-1]
     answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
                                    arguments.batch, arguments.allow_private)
-    print_scores(answers, table, made_with, arguments.json)
+    if arguments.json:
+        print(json.dumps(table, ensure_ascii=False))
+    else:
+        print_scores(answers, table, made_with)
 
 
 def explain(arguments):

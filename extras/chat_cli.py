@@ -1,8 +1,6 @@
 """How is a conversation held at a terminal? Answers go to standard output as they come, all else to standard error.
 
-    a line  ->  /command  ->  a do_ method below         the conversation itself is model/chat.py's
-            ->  question  ->  the answer, and its speed
-
+A line is a /command, a do_ method below, or a question; the conversation itself is in model/chat.py.
 Without a terminal: one question per line from standard input, one answer per line; an error ends the program.
 """
 import argparse
@@ -117,11 +115,10 @@ class ChatShell(cmd.Cmd):
     def do_quit(self, _):
         return True                                                 # ends cmdloop
 
-    do_exit = do_quit
+    do_exit = do_EOF = do_quit
 
-    def do_EOF(self, _):
-        log("")
-        return True
+    def postloop(self):
+        log("")                                                     # after Ctrl-D the prompt of the shell begins a line
 
 
 def checked(source):
@@ -152,7 +149,7 @@ def remarks(chat):
     """What a user should know about the answer to the next question, one line each."""
     notes = [] if chat.pictures or chat.turns else ["no image: text only"]
     if len(chat.turns) == 1 and chat.model.folder.resolve() == TINY.resolve():
-        notes.append("the embedded model answers single questions only; take this one back (undo) before the next")
+        notes.append("the embedded model answers single questions only; take each one back (undo) before the next")
     return notes
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Example, Page, PageDataset, load_examples, page_blocks
+from extras.formats import entries, images_of, locate
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -153,29 +154,24 @@ def write_json(path, value):
 # ------------------------------------------------------------------------------------------------ --questions, --folder
 
 def read_questions(path):
-    """The (question, images) pairs of a jsonl file. Raises InputError that names the line."""
+    """The (question, images) pairs of JSON lines or a JSON list. Raises InputError that names the line or the entry."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        found = list(entries(path, path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     asked = []
-    for number, line in enumerate(lines, 1):
+    for place, entry in found:
         try:
-            if line.strip():
-                asked.append(read_question(json.loads(line), path.parent))
+            images = images_of(entry)
+            images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]
+            if not entry["question"].strip():
+                raise ValueError("the question is empty")
+            asked.append((clean(entry["question"]), images))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a question ({type(error).__name__}: {error}); expected "
+            reason = entry if isinstance(entry, InputError) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{place}: not a question ({reason}); expected "
                              '{"question": "...", "images": ["..."]}') from error
     return asked
-
-
-def read_question(entry, folder):
-    """One line of a file in `folder` -> (question, images); a path that does not exist is relative to that folder."""
-    images = entry.get("images") or entry.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not entry["question"].strip():
-        raise ValueError("the question is empty")
-    return clean(entry["question"]), [str(folder / i) if "://" not in i and not Path(i).exists() else i for i in images]
 
 
 def folder_questions(folder, question):
@@ -264,9 +260,9 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
 def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False):
     """Answer and score all questions of some rows -> (a dict per question, as `score_table` takes them; its table).
 
-    `settings`: {flag: value} of everything that the answers depend on. `path`: the predictions, in the challenge's format;
-    questions that they answer are skipped; NAME.scores.json beside it gets the settings and the scores. `batch`: pages
-    answered at once. The answer to a question that cannot be answered is empty.
+    `settings`: {flag: value} of everything that the answers depend on. `path`: the challenge's predictions; questions
+    that they answer are skipped; NAME.scores.json beside it gets settings and scores. `batch`: pages answered at once.
+    The answer to a question that cannot be answered is empty.
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     scores_path = path and path.with_suffix(".scores.json")

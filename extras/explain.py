@@ -17,8 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from extras import pictures as palette
-from extras.pictures import GRAY, MONO, PREFIX, RIGHT, WRONG
-from extras.pictures import as_image, attention, draw_attention, draw_tiles, visible
+from extras.pictures import GRAY, MONO, PREFIX, RIGHT, WRONG, as_image, attention, draw_attention, draw_tiles, visible
 from model.chat import Chat, Picture
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
 from model.tokenizer import special_id

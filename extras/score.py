@@ -9,7 +9,6 @@ The definitions of ANLS agree but for spaces in the answers and at a score of ex
 Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section "Evaluation metric"; relaxed accuracy,
 "ChartQA" (arXiv 2203.10244), section "Evaluation"; the official eval/vqa.
 """
-import json
 import math
 
 
@@ -86,7 +85,7 @@ def levenshtein(a, b):
     return row[-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 SCORES = {score.__name__: score for score in (exact_match, anls, anls_stvqa, anls_challenge, relaxed_accuracy)}
 PRINTED = ("exact_match", "anls")       # the others go to --json and to the scores file
@@ -112,10 +111,8 @@ def score_table(answers):
             for name, row in rows.items() if row}
 
 
-def print_scores(answers, table, settings, as_json=False):
+def print_scores(answers, table, settings):
     """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
-    if as_json:
-        return print(json.dumps(table, ensure_ascii=False))
     scored = table["all"]["questions"] if table else 0
     print(f"{len(answers)} questions, {scored} of them with an answer to compare with; "
           + ", ".join(f"{name} {value}" for name, value in settings.items()))

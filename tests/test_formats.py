@@ -287,6 +287,18 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
 
 
+def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypatch):
+    """It returns its turns and its images, whatever their keys; where no place is written they come first, as elsewhere."""
+    folder, _ = asked
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"])], entry["about"]["file"]))
+    images = [str(folder / f"page {i}.png") for i in (0, 1)]
+    own = [{"ask": "What?", "say": "This.", "about": {"file": images[0]}}, {"ask": "Both <image> or <image>?", "say": "Yes.", "about": {"file": images}}]
+    usual = [{"question": "What?", "answer": "This.", "image": images[0]}, {"question": "Both <image> or <image>?", "answer": "Yes.", "images": images}]
+    for name, rows in (("own", own), ("usual", usual)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
+    assert contents(pages_of(tmp_path / "own.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
+
+
 def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"][0])], entry.get("of", [])))
     (tmp_path / "own.jsonl").write_text(jsonl([{"ask": "What?", "say": ["This."]}, {"ask": "What?"}, {"ask": "What?", "say": []}, {"ask": "What?", "say": None}]))

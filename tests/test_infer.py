@@ -321,6 +321,13 @@ def test_modes_exclude_each_other(capsys, monkeypatch):
             assert "not allowed with argument" in refuses(infer, capsys, monkeypatch, *one, *other)
 
 
+def test_questions_may_be_a_json_list(ask, page, tmp_path):
+    asked = [{"question": "What is the date?", "images": ["page.png"]}, {"question": "And the name?", "image": "page.png"}]
+    (tmp_path / "q.json").write_text(json.dumps(asked, indent=1))
+    results = [json.loads(line) for line in ask("--questions", tmp_path / "q.json").splitlines()]
+    assert [(line["question"], line["images"]) for line in results] == [(line["question"], [str(page)]) for line in asked]
+
+
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
     for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")

@@ -13,17 +13,12 @@ The answer goes to standard output, everything else to standard error. An "<imag
 belongs; without any, the images come first, one to a line.
 """
 import json
-import re
-import sys
 from pathlib import Path
 
-from extras.cli import OneLineParser, float_in, int_in, run
+from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
 from model.tokenizer import clean
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that could be orders to a terminal
-
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -35,10 +30,13 @@ def parse_arguments():
     add_answer_flags(parser.add_argument_group("the answer"))
     add_picture_flags(parser.add_argument_group("what the model sees"))
     add_machine_flags(parser.add_argument_group("machine"))
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     if arguments.tiny:
         parser.set_defaults(model="tiny", device="cpu")
-        arguments = parser.parse_args()
+        arguments, more = parser.parse_known_args()
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-")
+                     else "one QUESTION; quote it, or use --questions FILE")
     for wrong, message in conflicts(arguments):
         if wrong:
             parser.error(message)
@@ -82,15 +80,12 @@ def add_file_flags(group):
 
 
 def add_answer_flags(group):
-    group.add_argument("--max-tiles", type=int_in(1, 128), default=12,
-                       help="tiles an image may be cut into, thumbnail not counted (%(default)s)")
-    group.add_argument("--max-new-tokens", type=int_in(1), default=512,
-                       help="longest answer, in tokens (%(default)s)")
-    group.add_argument("--temperature", type=float_in(0, 1000), default=0.0,
-                       help="0: always the likeliest token (%(default)s)")
-    group.add_argument("--top-p", type=float_in(1e-6, 1), default=1.0,
-                       help="draw from the likeliest tokens of this probability (%(default)s)")
-    group.add_argument("--seed", type=int_in(0), default=0, help="of drawn tokens (%(default)s)")
+    for name, default, text in (
+            ("max_tiles", 12, "tiles an image may be cut into, thumbnail not counted"),
+            ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: always the likeliest token"),
+            ("top_p", 1.0, "draw from the likeliest tokens of this probability"), ("seed", 0, "of drawn tokens")):
+        group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
+                           help=f"{text} (%(default)s)")
     group.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
 
 
@@ -140,9 +135,9 @@ def load_model(arguments):
     return model
 
 
-def generation(arguments):
-    """The settings of `generate`."""
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+def settings(arguments):
+    """The settings of an answer."""
+    return {name: getattr(arguments, name) for name in ANSWER_SETTINGS}
 
 
 def open_chat(arguments):
@@ -150,7 +145,7 @@ def open_chat(arguments):
     # read before the model is loaded: a wrong path is reported at once
     images = [image for source in arguments.image for image in load_images(source, arguments.allow_private)]
     frames = read_video(arguments.video, arguments.frames, arguments.span) if arguments.video else []
-    chat = load_model(arguments).chat(max_tiles=arguments.max_tiles, **generation(arguments))
+    chat = load_model(arguments).chat(**settings(arguments))
     for image in images:
         chat.add_image(image)
     chat.add_video(frames)
@@ -159,14 +154,12 @@ def open_chat(arguments):
 
 def answer(arguments):
     """Print the answer to one QUESTION, as it comes, and draw the pictures of --show and --attend."""
+    from extras.chat_cli import answer_one
     chat = open_chat(arguments)
     if arguments.show:
         from extras.pictures import draw_tiles, save_picture
         save_picture(draw_tiles(chat.pictures[:1], chat.model.config.tokens_per_tile), arguments.show)
-    for text in chat.stream(arguments.question):
-        if not arguments.json:
-            print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end="", flush=True)
-    print(json.dumps(chat.report, ensure_ascii=False) if arguments.json else "", flush=True)
+    answer_one(chat, arguments.question, arguments.json)
     if arguments.attend:
         from extras.pictures import draw_attention, save_picture
         save_picture(draw_attention(chat), arguments.attend)
@@ -178,8 +171,8 @@ def answer_many(arguments):
     from extras.evaluate import answer_questions, folder_questions, read_questions
     asked = (folder_questions(arguments.folder, arguments.question) if arguments.folder
              else read_questions(Path(arguments.questions)))
-    answer_questions(load_model(arguments), asked, arguments.out and Path(arguments.out), arguments.max_tiles,
-                     arguments.batch, arguments.allow_private, **generation(arguments))
+    answer_questions(load_model(arguments), asked, arguments.out and Path(arguments.out), arguments.batch,
+                     arguments.allow_private, **settings(arguments))
 
 
 def evaluate(arguments):
@@ -188,14 +181,14 @@ def evaluate(arguments):
     from extras.sources import open_rows
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
     model = load_model(arguments)
-    settings = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", "max_tiles")}
-    settings |= generation(arguments) | {"int8": arguments.int8, "dtype": str(model.dtype).split(".")[-1]}
-    answers, table = evaluate_rows(model, rows, settings, arguments.predictions and Path(arguments.predictions),
+    made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
+    made_with["dtype"] = str(model.dtype).split(".")[-1]
+    answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
                                    arguments.batch, arguments.allow_private)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:
-        print_scores(answers, table, settings)
+        print_scores(answers, table, made_with)
 
 
 def explain(arguments):
@@ -214,7 +207,7 @@ def explain(arguments):
 
 def browse(arguments):
     from extras.web import serve
-    serve(load_model(arguments), arguments.port, {"max_tiles": arguments.max_tiles, **generation(arguments)})
+    serve(load_model(arguments), arguments.port, settings(arguments))
 
 
 def converse(arguments):

@@ -1,29 +1,31 @@
 """How is a conversation held at a terminal? Answers go to standard output as they come, all else to standard error.
 
-    a line  ->  /command  ->  a do_ method below         the conversation itself is model/chat.py's
-            ->  question  ->  the answer, and its speed
-
+A line is a /command, a do_ method below, or a question; the conversation itself is in model/chat.py.
 Without a terminal: one question per line from standard input, one answer per line; an error ends the program.
 """
 import argparse
 import cmd
 import contextlib
-import itertools
 import json
 import re
 import sys
 
-from extras.cli import float_in, int_in
+from extras.cli import ANSWER_SETTINGS
 from extras.video import load_images, read_video
 from model.checkpoint import TINY
 from model.errors import InputError
 from model.tokenizer import clean
 
-SETTINGS = {                                    # of an answer, each with its type
-    "max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
-    "top_p": float_in(1e-6, 1), "seed": int_in(0)}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that a terminal would obey
 RATE_TOKENS = 5                                 # shorter answers say nothing about tokens per second
+HELP = """\
+/image PATH|URL          show an image with the next question
+/video PATH              show a video with the next question
+/undo                    take the last question back; its images wait for the next one
+/clear                   forget the conversation and its images
+/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed
+/help                    list the commands
+/quit  /exit             end the chat, as Ctrl-D does"""
 
 
 class ChatShell(cmd.Cmd):
@@ -34,7 +36,7 @@ class ChatShell(cmd.Cmd):
     prompt = "> "
 
     def __init__(self, chat, allow_private=False, as_json=False):
-        super().__init__(completekey=None, stdout=sys.stderr)       # where cmd prints; answers go elsewhere
+        super().__init__(completekey=None, stdout=sys.stderr)       # of cmd's prompt
         self.chat, self.allow_private, self.as_json = chat, allow_private, as_json
         self.typed, self.use_rawinput = sys.stdin.isatty(), sys.stdout.isatty()
 
@@ -67,45 +69,40 @@ class ChatShell(cmd.Cmd):
 
     def default(self, line):
         if self.parseline(line)[0]:
-            names = re.findall("^/.*?(?=  )", "\n".join(usages()), re.MULTILINE)
+            names = re.findall("^/.*?(?=  )", HELP, re.MULTILINE)
             raise InputError(f"{line}: not a command; there are {', '.join(names)}")
         answer_one(self.chat, line, self.as_json, one_line=not self.typed)
         if self.typed:
             log(stats_line(self.chat))
 
     def emptyline(self):
-        pass
+        pass                                                        # cmd would repeat the last command
 
     def do_image(self, source):
-        """/image PATH|URL          show an image with the next question"""
-        for image in load_images(source_of(source), self.allow_private):
+        for image in load_images(checked(source), self.allow_private):
             self.chat.add_image(image)
         log(images_waiting(self.chat).rstrip())
 
     def do_video(self, path):
-        """/video PATH              show a video with the next question"""
-        self.chat.add_video(read_video(source_of(path)))
+        self.chat.add_video(read_video(checked(path)))
         log(images_waiting(self.chat).rstrip())
 
     def do_undo(self, _):
-        """/undo                    take the last question back; its images wait for the next one"""
         self.chat.undo()
         waiting = "; its images wait for the next question" if self.chat.waiting else ""
         log(f"taken back; {len(self.chat.turns)} before it{waiting}")
 
     def do_clear(self, _):
-        """/clear                   forget the conversation and its images"""
         self.chat.clear()
         log("everything forgotten, images too")
 
     def do_settings(self, text):
-        """/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed"""
         settings = {"max_tiles": self.chat.max_tiles} | self.chat.settings
         name, _, value = text.partition(" ")
         if name and name not in settings:
             raise InputError(f"{name}: not a setting; there are {', '.join(settings)}")
         try:
-            settings |= {name: SETTINGS[name](value.strip())} if name else {}
+            settings |= {name: ANSWER_SETTINGS[name](value.strip())} if name else {}
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise InputError(f"{name}: {error}; give a number, like /settings {name} 1") from error
         log(", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -113,54 +110,47 @@ class ChatShell(cmd.Cmd):
         self.chat.settings = settings
 
     def do_help(self, _):
-        """/help                    list the commands"""
-        log("\n".join(usages()))
+        log(HELP)
 
     def do_quit(self, _):
-        """/quit  /exit             end the chat, as Ctrl-D does"""
-        return True
+        return True                                                 # ends cmdloop
 
-    do_exit = do_quit
+    do_exit = do_EOF = do_quit
 
-    def do_EOF(self, _):
-        log("")
-        return True
+    def postloop(self):
+        log("")                                                     # after Ctrl-D the prompt of the shell begins a line
 
 
-def usages():
-    """A line for each command."""
-    methods = (method for name, method in vars(ChatShell).items() if name.startswith("do_"))
-    return [method.__doc__ for method in dict.fromkeys(methods) if method.__doc__]
-
-
-def source_of(text):
-    if text in ("", "-"):
+def checked(source):
+    if source in ("", "-"):
         raise InputError("give a path or an address; standard input is where the questions come from")
-    return text
+    return source
 
 
 def answer_one(chat, question, as_json=False, one_line=False):
-    """Ask, and print the answer as it comes or, for `as_json` and `one_line`, when it is whole. Raises InputError."""
-    said = list(remarks(chat))
+    """Ask; print the answer as it comes or, for `as_json` and `one_line`, when it is whole, then remarks on it.
+
+    Raises InputError, before anything is printed.
+    """
+    notes = remarks(chat)
     with contextlib.closing(chat.stream(question)) as pieces:
-        first = next(pieces, "")                # raises InputError, if at all, before anything is printed
-        for line in said:
-            log(line)
-        for text in itertools.chain([first], pieces):
+        for text in pieces:
             if not (as_json or one_line):
                 show(text, end="")
     if as_json:
         show(json.dumps(chat.report, ensure_ascii=False))
     else:
         show(" ".join(chat.report["answer"].split()) if one_line else "")
+    for note in notes:
+        log(note)
 
 
 def remarks(chat):
     """What a user should know about the answer to the next question, one line each."""
-    if not (chat.pictures or chat.turns):
-        yield "no image: text only"
+    notes = [] if chat.pictures or chat.turns else ["no image: text only"]
     if len(chat.turns) == 1 and chat.model.folder.resolve() == TINY.resolve():
-        yield "the embedded model answers single questions only; take the last one back (undo) before you ask the next"
+        notes.append("the embedded model answers single questions only; take each one back (undo) before the next")
+    return notes
 
 
 def images_waiting(chat):

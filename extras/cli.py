@@ -50,6 +50,11 @@ def in_range(value, smallest, largest):
     return value
 
 
+# the settings of an answer, as `Chat` has them, each with its type
+ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
+                   "top_p": float_in(1e-6, 1), "seed": int_in(0)}
+
+
 def names_in(choices, what, more=""):
     """An argument type: names of `choices`, comma-separated. `what` they are, and what `more` is allowed, for the message."""
     def check(text):

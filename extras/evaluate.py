@@ -4,9 +4,9 @@
     --evaluate              rows of a data set  -+- pages -> examples -> answer_batch  -+- predictions and their scores
     validation (train.py)   pages held out      -+                                      +- metrics and samples
 
-They differ only in where questions come from and answers go. An interrupted command skips, when it is repeated, the
-questions that its file answers already.
+They differ only in where questions come from and answers go. A command that is repeated skips what its file answers.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Example, Page, PageDataset, load_examples, page_blocks
+from extras.formats import entries, images_of, locate
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -48,10 +49,15 @@ class Answer:
         return self.report["answer"] if self.report else ""
 
 
+def make_examples(model, pages, dataset):
+    """The examples of some pages, made by worker processes if a GPU would wait for them."""
+    return load_examples(pages, dataset, workers=min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0)
+
+
 def answer(model, examples, batch=1, **settings):
     """Yield an Answer to every question of some examples, in order; `batch` pages are answered at once.
 
-    `examples`: an iterable of data.py's examples. `settings`: see `answer_batch`.
+    `examples`: an iterable. `settings`: as of `answer_batch`.
     """
     examples = iter(examples)
     while together := list(itertools.islice(examples, batch)):
@@ -63,25 +69,25 @@ def answer_batch(model, examples, image_tokens=None, max_new_tokens=512, **setti
 
     `image_tokens`: (256 N, D) of all tiles, if `model.encode_images` was called already. `settings`: as of `generate`.
     Each question gets the answer that it would get alone. All questions of an example with an error get that error, and
-    so does one that leaves no positions for its answer; every error of a page is printed once.
+    so does one that leaves no positions for its answer; every page with an error is printed once.
     """
     most, answers, prompts, asked = model.config.language.max_positions, [], [], []
     writer = PageDataset(model, max_length=max(1, most - max_new_tokens))
     too_long = (f"its prompt and {max_new_tokens} tokens of answer exceed the model's {most} positions; "
                 "ask with fewer tiles, images or words, or for a shorter answer")
     for example in examples:
-        page, kept = example.page, [] if example.error else example.kept_questions
-        prompt, left_out = writer.write(page, example.tile_counts, kept) if kept else (None, [])
-        errors = dict.fromkeys(range(len(page.questions)) if example.error else left_out, example.error or too_long)
-        for error in dict.fromkeys(errors.values()):
-            warn(f"{page.name}: {' '.join(error.split())}; not answered")
-        of_page = [Answer(page, i, errors.get(i)) for i in (errors if example.error else kept)]
+        page, error = example.page, example.error or too_long
+        kept = range(len(page.questions)) if example.error else example.kept_questions
+        prompt, failed = (None, kept) if example.error else writer.write(page, example.tile_counts, kept)
+        of_page = [Answer(page, i, error if i in failed else None) for i in kept]
         answers += of_page
-        fitting = [one for one in of_page if not one.error]
-        if fitting:
+        if failed:
+            warn(f"{page.name}: {' '.join(error.split())}; not answered")
+        if len(failed) < len(kept):
             prompts.append((example.tiles, prompt))
             tokens = Counter(prompt.branches)                           # of the prefix (0) and of each branch
-            asked += [(one, example.tile_counts, tokens[0] + tokens[i]) for i, one in enumerate(fitting, 1)]
+            answered = [one for one in of_page if not one.error]
+            asked += [(one, example.tile_counts, tokens[0] + tokens[i]) for i, one in enumerate(answered, 1)]
     if prompts:
         generated = timed(model, prompts, image_tokens=image_tokens, max_new_tokens=max_new_tokens, **settings)
         for (one, tiles, length), (ids, *seconds) in zip(asked, generated, strict=True):
@@ -101,22 +107,18 @@ def timed(model, prompts, **settings):
         yield ids, times[0], last / (times[last] - times[0]) if last else None
 
 
-def make_examples(model, pages, dataset):
-    """The examples of some pages, made by worker processes where a GPU would wait for them."""
-    return load_examples(pages, dataset, workers=min(4, os.cpu_count() or 1) if model.device.type == "cuda" else 0)
-
-
 # --------------------------------------------------------------------------------------------------------------- resume
 
-class AnswerFile:
-    """Where answers go, in the order of their questions; `path` None: to no file. The answers that the file holds are
-    `earlier` until they are taken. Raises InputError for a file that cannot be resumed.
+class Earlier:
+    """The answers of an interrupted command, taken in the order of their questions.
+
+    `read(path)`: returns the dicts in the file. Raises InputError for a file that cannot be resumed.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, read):
         self.path = path
         try:
-            self.earlier = deque(self.read() if path else ())
+            self.answers = deque(read(path) if path else ())
         except InputError:
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -124,92 +126,50 @@ class AnswerFile:
             raise InputError(f"{path}: cannot be resumed ({reason}); choose another file") from error
 
     def take(self, **question):
-        """The earlier answer to the next question, None after the last. Raises InputError if it answers another one."""
-        if self.earlier and any(self.earlier[0].get(key) != value for key, value in question.items()):
-            self.all_taken()
-        return self.earlier.popleft() if self.earlier else None
+        """The answer to the next question, None after the last. Raises InputError if it answers another one."""
+        if self.answers and any(self.answers[0].get(key) != value for key, value in question.items()):
+            self.check_all_taken()
+        return self.answers.popleft() if self.answers else None
 
-    def all_taken(self):
-        """Raises InputError for earlier answers that are left: they are to other questions."""
-        if self.earlier:
+    def check_all_taken(self):
+        if self.answers:
             raise InputError(f"{self.path}: its answers are not to the first of these questions; choose another file")
 
 
-class Lines(AnswerFile):
-    """A line of JSON per question, in a file or on standard output."""
-    file = None
-
-    def read(self):
-        self.file = self.path.open("a", encoding="utf-8")
-        data = self.path.read_bytes()
-        self.size = data.rfind(b"\n") + 1               # an interrupted run may leave half a line
-        return [dict(json.loads(line)) for line in data[:self.size].splitlines()]
-
-    def all_taken(self):
-        super().all_taken()
-        if self.file:
-            self.file.truncate(self.size)
-
-    def write(self, line):
-        print(json.dumps(line, ensure_ascii=False), file=self.file, flush=True)
+def read_lines(path):
+    """The objects of a jsonl file without the half line that an interruption may leave; the file is made if need be."""
+    path.touch()
+    return [dict(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-class Predictions(AnswerFile):
-    """The challenge's list of {"questionId", "answer"}; NAME.scores.json beside it has the settings and the scores."""
-
-    def __init__(self, path, settings):
-        self.settings, self.beside = settings, path and path.with_suffix(".scores.json")
-        super().__init__(path)
-        if not self.earlier:
-            self.write_scores({"settings": settings})
-
-    def read(self):
-        if not self.path.exists():
-            return []
-        before = json.loads(self.beside.read_text(encoding="utf-8"))["settings"]
-        changed = " ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name, value in self.settings.items()
-                           if before.get(name) != value)
-        if changed:
-            raise InputError(f"{self.path}: was begun with {changed}; repeat that, or choose another --predictions")
-        return [{key: line[key] for key in PREDICTION} for line in json.loads(self.path.read_text(encoding="utf-8"))]
-
-    def write(self, lines):
-        lines = [json.dumps({key: line[key] for key in PREDICTION}, ensure_ascii=False) for line in lines]
-        self.replace(self.path, "[\n" + ",\n".join(lines) + "\n]")
-
-    def write_scores(self, scores):
-        self.replace(self.beside, json.dumps(scores, indent=2, ensure_ascii=False))
-
-    def replace(self, path, text):
-        try:
-            if path:
-                write_text(path, text + "\n")                           # as a whole: no interruption leaves half a file
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
+def write_json(path, value):
+    """Write a file, if there is a path, whole or not at all. Raises InputError."""
+    try:
+        if path:
+            write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
 
 
 # ------------------------------------------------------------------------------------------------ --questions, --folder
 
 def read_questions(path):
-    """The (question, images) pairs of a jsonl file. Raises InputError that names the line."""
-    asked = []
+    """The (question, images) pairs of JSON lines or a JSON list. Raises InputError that names the line or the entry."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        found = list(entries(path, path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+    asked = []
+    for place, entry in found:
         try:
-            if line.strip():
-                entry = json.loads(line)
-                images = entry.get("images") or entry.get("image") or []
-                images = [images] if isinstance(images, str) else images
-                # a path is relative to this folder or, if there is no such file, to that of the questions
-                images = [str(path.parent / i) if "://" not in i and not Path(i).exists() else i for i in images]
-                if not entry["question"].strip():
-                    raise ValueError("the question is empty")
-                asked.append((clean(entry["question"]), images))
+            images = images_of(entry)
+            images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]
+            if not entry["question"].strip():
+                raise ValueError("the question is empty")
+            asked.append((clean(entry["question"]), images))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}:{number}: not a question ({type(error).__name__}: {error}); expected "
+            reason = entry if isinstance(entry, InputError) else f"{type(error).__name__}: {error}"
+            raise InputError(f"{place}: not a question ({reason}); expected "
                              '{"question": "...", "images": ["..."]}') from error
     return asked
 
@@ -270,26 +230,29 @@ class QuestionDataset(PageDataset):
         return replace(page, images=images, questions=questions, question_start=question_start, max_tiles=tiles)
 
 
-def answer_questions(model, asked, path=None, max_tiles=12, batch=1, allow_private=False, **settings):
+def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_tiles=12, **settings):
     """Write a line of JSON per (question, images) pair, in their order, to a file or to standard output.
 
-    `path`: the file; questions that it answers are skipped. `max_tiles`: of each image. `batch`: pages answered at
-    once. `settings`: as of `generate`. A question that cannot be answered gets {"question", "error"}.
+    `path`: the file; questions that it answers are skipped. `batch`: pages answered at once. `max_tiles`: of an image.
+    `settings`: as of `generate`. A question that cannot be answered gets {"question", "error"}.
     Raises InputError for a file that answers other questions.
     """
-    out, written = Lines(path), {}
+    earlier = Earlier(path, read_lines)
     waiting = deque(number for number, (question, images) in enumerate(asked)
-                    if out.take(question=question, images=images) is None)
-    out.all_taken()
+                    if earlier.take(question=question, images=images) is None)
+    earlier.check_all_taken()
     pages = question_pages((number, *asked[number]) for number in waiting)
-    examples = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private))
-    for one in answer(model, examples, batch, **settings):
-        number = one.page.ids[one.index]
-        question, images = asked[number]
-        line = one.report or {"question": question, "error": one.error}
-        written[number] = line | {"question": question, "images": images}
-        while waiting and waiting[0] in written:                        # questions about other pages may come before it
-            out.write(written.pop(waiting.popleft()))
+    examples, written = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private)), {}
+    with path.open("a", encoding="utf-8") if path else contextlib.nullcontext() as file:
+        if path:
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)           # an interruption may leave half a line
+        for one in answer(model, examples, batch, **settings):
+            number = one.page.ids[one.index]
+            question, images = asked[number]
+            line = one.report or {"question": question, "error": one.error}
+            written[number] = line | {"question": question, "images": images}
+            while waiting and waiting[0] in written:            # questions about other pages may come before it
+                print(json.dumps(written.pop(waiting.popleft()), ensure_ascii=False), file=file, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- --evaluate
@@ -297,32 +260,50 @@ def answer_questions(model, asked, path=None, max_tiles=12, batch=1, allow_priva
 def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False):
     """Answer and score all questions of some rows -> (a dict per question, as `score_table` takes them; its table).
 
-    `settings`: {flag: value} of everything that the answers depend on. `path`: the predictions; questions that they
-    answer are skipped. `batch`: pages answered at once. The answer to a question that cannot be answered is empty.
+    `settings`: {flag: value} of everything that the answers depend on. `path`: the challenge's predictions; questions
+    that they answer are skipped; NAME.scores.json beside it gets settings and scores. `batch`: pages answered at once.
+    The answer to a question that cannot be answered is empty.
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
-    out, lines = Predictions(path, settings), []
-
-    def add(page, i, text):
-        lines.append({"questionId": page.ids[i], "answer": text, "expected": page.accepted[i], "types": page.types[i]})
+    scores_path = path and path.with_suffix(".scores.json")
+    earlier, lines = Earlier(path, lambda path: read_predictions(path, scores_path, settings)), []
+    if not earlier.answers:
+        write_json(scores_path, {"settings": settings})
 
     def unanswered():
+        """Yield the pages with questions that have no answer yet; add the answers to the others to `lines`."""
         for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
-            earlier = [out.take(questionId=name) for name in page.ids]
-            if None in earlier:                                         # a page is answered as a whole
+            predictions = [earlier.take(questionId=name) for name in page.ids]
+            if None in predictions:                                     # a page is answered as a whole
                 yield page
             else:
-                for i, line in enumerate(earlier):
-                    add(page, i, line["answer"])
+                lines.extend(scored_line(page, i, line["answer"]) for i, line in enumerate(predictions))
 
     examples = make_examples(model, unanswered(), PageDataset(model, settings["max_tiles"], None, allow_private))
     with tqdm(unit=" questions", file=sys.stderr) as bar:
         for one in answer(model, examples, batch, **{name: settings[name] for name in GENERATION}):
-            add(one.page, one.index, one.text)
+            lines.append(scored_line(one.page, one.index, one.text))
             if one.index + 1 == len(one.page.questions):
-                out.write(lines)
+                write_json(path, [{key: line[key] for key in PREDICTION} for line in lines])
                 bar.update(len(lines) - bar.n)
-    out.all_taken()
+    earlier.check_all_taken()
     table = score_table(lines)
-    out.write_scores({"settings": settings, "scores": table})
+    write_json(scores_path, {"settings": settings, "scores": table})
     return lines, table
+
+
+def read_predictions(path, scores_path, settings):
+    """The predictions in a file, if there is one. Raises InputError if they were made with other settings."""
+    if not path.exists():
+        return []
+    before = json.loads(scores_path.read_text(encoding="utf-8"))["settings"]
+    changed = " ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name, value in settings.items()
+                       if before.get(name) != value)
+    if changed:
+        raise InputError(f"{path}: was begun with {changed}; repeat that, or choose another --predictions")
+    return [{key: line[key] for key in PREDICTION} for line in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def scored_line(page, i, text):
+    """One question of a page with its answer, as `score_table` takes it."""
+    return {"questionId": page.ids[i], "answer": text, "expected": page.accepted[i], "types": page.types[i]}

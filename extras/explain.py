@@ -2,14 +2,16 @@
 
     page -> grid and thumbnail -> patches -> image tokens -> token ids, branches -> tokens in the loss -> the answer
 
-One self-contained HTML file: pictures are embedded, nothing is fetched. See `python infer.py --explain OUT.html`; the
-same pictures illustrate the README (tests/draw_explain.py).
+`python infer.py --explain OUT.html` fills the template explain.html; the page embeds its pictures and fetches nothing.
+The same pictures are in model/README.md (tests/draw_explain.py).
 """
 import base64
 import html
 import io
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from string import Template
 
 import torch
 from PIL import Image, ImageDraw
@@ -21,25 +23,6 @@ from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_p
 from model.tokenizer import special_id
 
 LIKELIEST = 5                           # tokens shown of each distribution
-# of prompt.SYSTEM, for readers without Chinese and machines without a Chinese font
-TRANSLATION = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your "
-               "English name is InternVL, and you are a helpful and harmless AI assistant.")
-STYLE = f"""
-body {{ font: 16px/1.5 {palette.FONT}; max-width: 52em; margin: 2em auto; padding: 0 1em; color: #222;
-       background: #fff }}
-h2 {{ margin: 2em 0 0 }}
-img, svg {{ border: 1px solid #bbb; max-width: 100%; height: auto }}
-code {{ background: {palette.TEXT}; padding: 0 .2em; white-space: nowrap }}
-small, .where {{ color: {palette.GRAY} }}
-.where {{ margin: 0; font-size: 14px }}
-.tokens {{ border-left: 3px solid #bbb; padding-left: .6em; margin: .6em 0 }}
-.token {{ display: inline-block; max-width: 100%; box-sizing: border-box; white-space: pre-wrap;
-         overflow-wrap: anywhere; font: 13px/1.5 {palette.MONO}; border: 1px solid #ccc; border-radius: 3px;
-         padding: 0 3px; margin: 1px }}
-.prefix {{ background: {palette.PREFIX} }} .image {{ background: {palette.IMAGE} }}
-.branch {{ background: {palette.TEXT} }}
-.loss {{ background: {palette.LOSS}; border-color: {palette.RIGHT} }}
-"""
 
 
 @dataclass
@@ -65,11 +48,13 @@ class Followed:
 def explain(model, image, question, max_tiles=12, max_new_tokens=64):
     """A Pillow image and a question about it -> (HTML text, the greedy answer). Raises InputError."""
     run = follow(model, image, question, max_tiles, max_new_tokens)
-    drawn = pictures(run)
-    text = "".join([introduction(run, question), *see(run, drawn, max_tiles), *read(run), *answer(run, drawn)])
-    head = f"""<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
-<title>{html.escape(question)}</title><style>{STYLE}</style>"""
-    return f"<!DOCTYPE html><html lang='en'>{head}{text}</html>\n", run.chat.turns[0].answer
+    answer = run.chat.turns[0].answer
+    values = {"question": html.escape(question), "answer": html.escape(answer)}
+    values |= page_values(run, max_tiles) | answer_values(run) | shapes(run)
+    values |= {f"{name}_picture": embedded(picture) for name, picture in pictures(run).items()}
+    values = {name: f"{value:,}" if isinstance(value, int) else value for name, value in values.items()}
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(vars(palette), **values), answer                 # palette: colors and fonts
 
 
 @torch.no_grad()
@@ -160,97 +145,66 @@ def written(run, token, most=12):
     return html.escape(text if most is None or len(text) <= most else text[:most - 1] + "\u2026")
 
 
-# ------------------------------------------------------------------------------------------------------ the page
+# --------------------------------------------------------------------------------------------- values of explain.html
 
-def section(title, files, *text):
-    return f"<h2>{title}</h2><p class='where'>{files}</p>" + "".join(text)
+def page_values(run, max_tiles):
+    """{name: number or text} about the page, its tiles and image tokens, and the model."""
+    model, picture = run.chat.model, run.picture
+    config, n, (columns, rows), (width, height) = model.config, len(picture.tiles), picture.grid, picture.image.size
+    size, side, tokens = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile
+    thumbnail = "; the last one is the whole page, scaled down: the <i>thumbnail</i>" if n > columns * rows else ""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).split(".")[-1],
+        "device": model.device.type, "size": size, "page_width": width, "page_height": height,
+        "page_ratio": f"{width / height:.3f}", "cells": count(max_tiles, "cell"), "columns": columns, "rows": rows,
+        "grid_ratio": f"{columns / rows:.3f}", "resized": f"{columns * size} x {rows * size}",
+        "tiles": count(n, "tile"), "thumbnail": thumbnail, "tile": run.tile + 1, "patches": side ** 2,
+        "all_patches": n * side ** 2, "side": side, "patch": config.vision.patch_pixels,
+        "vision_width": config.vision.width, "shuffle": config.shuffle, "image_tokens": tokens,
+        "all_image_tokens": n * tokens, "token_side": side // config.shuffle, "width": config.language.width,
+        "image_token": html.escape(IMAGE_TOKEN)}
 
 
-def shape(*sizes):
-    return "<code>(" + ", ".join(map(str, sizes)) + ")</code>"
+def answer_values(run):
+    """{name: number or text} about the row of tokens, the loss and the answer."""
+    prompt, language, a, n = run.prompt, run.chat.model.config.language, len(run.in_loss), len(run.picture.tiles)
+    start, total = prompt.branches.index(1), len(prompt.ids)
+    loss = -run.likely[range(a), [prompt.ids[i] for i in run.in_loss]].log().mean().item()
+    names, undrawn = [f"tile {i + 1}" for i in range(n)], ""
+    if n > run.picture.grid[0] * run.picture.grid[1]:
+        names[-1], undrawn = "thumbnail", "; the thumbnail is not drawn"
+    return {
+        "row_tokens": total, "prefix_end": start - 1, "branch_start": start, "branch_end": prompt.positions[-1],
+        "prefix": token_row(run, 0, start), "branch": token_row(run, start, total), "in_loss": a, "masked": total - a,
+        "loss": f"{loss:.4f}", "answer_tokens": count(a, "token"), "positions": count(a, "position"),
+        "layers": language.layers, "vocabulary": language.vocabulary, "likeliest": LIKELIEST, "undrawn": undrawn,
+        "looked": percent(run.looked.sum().item()),
+        "shares": ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))}
 
 
-def embedded(image, name, width=420):
-    """An <img> with the PNG inside, at most `width` wide on the page and twice as many pixels in the file."""
-    if image.width > 2 * width:
-        image = image.resize((2 * width, max(1, round(2 * width * image.height / image.width))))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    content = base64.b64encode(file.getvalue()).decode()
-    return f"<img alt='{name}' width='{width}' src='data:image/png;base64,{content}'>"
+def shapes(run):
+    """{name: the shape of a tensor}, from pixels to logits."""
+    config, n, a = run.chat.model.config, len(run.picture.tiles), len(run.in_loss)
+    size, tokens, width = config.vision.tile_pixels, config.tokens_per_tile, config.language.width
+    sizes = {"tiles": (n, 3, size, size), "patches": (n, config.vision.grid ** 2, config.vision.width),
+             "joined": (n, tokens, config.vision.width * config.shuffle ** 2), "image_tokens": (n, tokens, width),
+             "row": (len(run.prompt.ids), width), "last": (a, width), "logits": (a, config.language.vocabulary)}
+    return {f"{name}_shape": str(size) for name, size in sizes.items()}
 
 
 def count(number, thing):
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
-def introduction(run, question):
-    model, picture = run.chat.model, run.picture
-    config, n = model.config, len(picture.tiles)
-    return f"""<h1>One page, followed</h1>
-<p>A vision-language model turns a page into <i>tokens</i>, vectors of one width, and writes its answer one token after
-another. This page shows what it did with one image and one question. All numbers are from this run.</p>
-<p><b>{html.escape(question)}</b> &rarr; <b>{html.escape(run.chat.turns[0].answer)}</b></p>
-<p>page of {picture.image.width} x {picture.image.height} pixels &rarr; {count(n, "tile")} &rarr;
-{n * config.vision.grid ** 2:,} patches &rarr; {n * config.tokens_per_tile:,} image tokens &rarr;
-{len(run.prompt.ids):,} tokens in a row &rarr; {count(len(run.in_loss), "token")} of answer</p>
-<p>Model: {sum(p.numel() for p in model.parameters()):,} parameters, computing in {str(model.dtype).split(".")[-1]} on
-{model.device.type}.</p>"""
-
-
-def see(run, drawn, max_tiles):
-    """Yield the sections from pixels to image tokens."""
-    config, picture = run.chat.model.config, run.picture
-    (columns, rows), (width, height), n = picture.grid, picture.image.size, len(picture.tiles)
-    size, grid, tokens, number = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile, run.tile + 1
-    seen, side, patch = config.vision.width, grid // config.shuffle, config.vision.patch_pixels
-    thumbnail = "; the last one is the whole page, scaled down: the <i>thumbnail</i>" if n > columns * rows else ""
-    yield section("1. The page and its grid", "<code>model/tiling.py</code>, choose_grid", f"""
-<p>The vision encoder reads squares of {size} x {size} pixels only, so the page is cut. The page has {width} x {height}
-pixels; its width is {width / height:.3f} times its height. Of all grids with at most {count(max_tiles, "cell")},
-{columns} x {rows} ({columns / rows:.3f}) is nearest. A larger grid of the same ratio is chosen only if the page has
-more than half of its pixels. The page is resized to {columns * size} x {rows * size}.</p>""",
-                  embedded(drawn["page"], "the page with its grid"))
-    yield section(f"2. {count(n, 'tile')}", "<code>model/tiling.py</code>, tile_page", f"""
-<p>The tiles are the cells of the grid, row by row{thumbnail}. Their shape is {shape(n, 3, size, size)}: tiles, colors,
-rows and columns of pixels, one byte each.</p>""", embedded(drawn["tiles"], "the tiles, numbered", 600))
-    yield section(f"3. {grid ** 2:,} patches per tile", "<code>model/vision.py</code>", f"""
-<p>The vision encoder cuts each tile into {grid} x {grid} patches of {patch} x {patch} pixels. Attention connects the
-patches of a tile, and each patch becomes a vector of {seen:,} numbers: {shape(n, 3, size, size)} &rarr;
-{shape(n, grid ** 2, seen)}. The picture shows tile {number}, which the answer looked at most.</p>""",
-                  embedded(drawn["patches"], f"tile {number} with its patches"))
-    yield section(f"4. {tokens} image tokens per tile", "<code>model/projector.py</code>, the trainable part", f"""
-<p>{config.shuffle} x {config.shuffle} neighboring patches are joined, and the projector maps them to the width of the
-language model: {shape(n, grid ** 2, seen)} &rarr; {shape(n, tokens, seen * config.shuffle ** 2)} &rarr;
-{shape(n, tokens, config.language.width)}. The picture shows the {side} x {side} tokens of tile {number}: the three
-strongest principal components of their {config.language.width} numbers as red, green and blue. Tokens of different
-color differ for the language model; tokens of equal color may still differ in the other components.</p>""",
-                  embedded(drawn["tokens"], f"tile {number}'s image tokens"))
-
-
-def read(run):
-    """Yield the sections about the row of tokens and the loss."""
-    prompt, start, width = run.prompt, run.prompt.branches.index(1), run.chat.model.config.language.width
-    loss = -run.likely[range(len(run.in_loss)), [prompt.ids[i] for i in run.in_loss]].log().mean().item()
-    yield section(f"5. {len(prompt.ids):,} tokens in a row",
-                  "<code>model/prompt.py</code>; put together in <code>model/internvl.py</code>", f"""
-<p>Text becomes tokens too: each has a number, its id, and the model has a vector of {width} numbers for each id. The
-image tokens replace the vectors of the {html.escape(IMAGE_TOKEN)} ids: {shape(len(prompt.ids), width)}. The small
-numbers after a token are its id and its position; \u2423 is a space, \u23ce the end of a line. The system sentence is
-InternVL2's own. In English: &ldquo;{TRANSLATION}&rdquo;</p>
-<p>The model reads the <span class='token prefix'>prefix</span> with the <span class='token image'>image tokens</span>,
-positions 0 to {start - 1:,}, once per page:</p>
-<div class='tokens'>{token_row(run, 0, start)}</div>
-<p>The question is a <span class='token branch'>branch</span>, positions {start:,} to {prompt.positions[-1]:,}. It sees
-the prefix and itself. A second question about this page would be a second branch, and would start at position {start:,}
-too:</p>
-<div class='tokens'>{token_row(run, start, len(prompt.ids))}</div>""")
-    yield section("6. The loss", "<code>model/prompt.py</code>, labels; <code>train.py</code>", f"""
-<p>As a training example with this answer (the model's own, right or wrong), {len(run.in_loss)} tokens would be in the
-loss: the
-<span class='token loss'>green</span> ones, the answer and the end of the turn. The other
-{len(prompt.ids) - len(run.in_loss):,} are masked. The model predicts each green token from the tokens before it; the
-loss is the mean of &minus;log(probability) over them, here {loss:.4f}.</p>""")
+def embedded(picture, most=1200):
+    """An SVG text as it is; a Pillow image as the address of a PNG file, at most so many pixels wide."""
+    if isinstance(picture, str):
+        return picture
+    if picture.width > most:
+        picture = picture.resize((most, max(1, round(most * picture.height / picture.width))))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def token_row(run, start, stop):
@@ -266,24 +220,3 @@ def token_row(run, start, stop):
             text, where = f"{text} x {last - i + 1:,}", f"{where}-{prompt.positions[last]}"
         shown.append(f"<span class='token {kind}'>{text} <small>{prompt.ids[i]}, {where}</small></span>")
     return "".join(shown)
-
-
-def answer(run, drawn):
-    """Yield the sections about the answer's tokens and their attention."""
-    language, a, n = run.chat.model.config.language, len(run.in_loss), len(run.picture.tiles)
-    names, undrawn = [f"tile {i + 1}" for i in range(n)], ""
-    if n > run.picture.grid[0] * run.picture.grid[1]:
-        names[-1], undrawn = "thumbnail", "; the thumbnail is not drawn"
-    shares = ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))
-    where = "<code>model/language.py</code>, <code>model/generate.py</code>"
-    yield section("7. The answer, token by token", where, f"""
-<p>In each of {language.layers} blocks, every token attends to the tokens it may see and adds what it finds. The head
-then turns the vector at each of the {count(a, "position")} before an answer token into a probability for each of
-{language.vocabulary:,} tokens: {shape(a, language.width)} &rarr; {shape(a, language.vocabulary)}. The {LIKELIEST} most
-likely are shown, the token of the answer in green. Greedy decoding takes the first one, appends it and goes on until
-the end of the turn or until the answer has its maximum length.</p>""", drawn["answer"])
-    yield section("8. Attention", "<code>extras/pictures.py</code>", f"""
-<p>Each token of the answer attends to all tokens before it. {percent(run.looked.sum().item())} of this attention (the
-mean over heads, layers and answer tokens) went to image tokens: {shares}. Red marks the places with most
-attention{undrawn}. Attention shows where the model looked, not why it gave this answer.</p>""",
-                  embedded(drawn["looked"], "the page, red where the answer looked"))

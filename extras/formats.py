@@ -1,16 +1,15 @@
-"""Which rows does a file of yours hold, in whichever of the usual formats, and what is wrong with those that it does not?
+"""Which rows does a file hold, in whichever of the usual formats, and what is wrong with the others?
 
-    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}
+    {"image": "a.png", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]}
         ->  {"images": (".../a.png",), "turns": [("What?", "This.")], "place": ".../my.jsonl:1", ...}
 
-Plain text in, plain rows out: no image is opened here.
+A format of your own is one entry in FORMATS. No image is opened here.
 """
 import functools
 import hashlib
 import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,45 +20,57 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
 
 
-def food_turns(entry):
-    """A row of FoodieQA -> its turns: the right choice and the dish are the answer, as in its conversion for LLaVA."""
-    try:
-        return [("user", entry["question"]),
-                ("assistant", f"{entry['choices'][int(entry['answer'])]}，图中的菜是{entry['food_name']}")]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{type(error).__name__}: {error}; expected FoodieQA's question, choices, answer (the index of one) "
-                         "and food_name") from error
+# -------------------------------------------------------------------------------------------------------------- formats
 
-
-FORMATS = {                             # the key that a format is known by -> its turns
-    "conversations": lambda entry: spoken(entry["conversations"], "from", "value"),             # InternVL, LLaVA, XComposer
-    "messages": lambda entry: spoken(entry["messages"], "role", "content"),                     # ms-swift, OpenAI
-    "query": lambda entry: [*([("system", entry["system"])] if entry.get("system") else []),    # ms-swift, older
-                            *(spoken(entry["history"], None, None) if entry.get("history") else []),
-                            ("user", entry["query"]), ("assistant", entry.get("response"))],
-    "food_meta": food_turns,
-    "question": lambda entry: [("user", entry["question"]), ("assistant", accepted_answers(entry)[0])],
+FORMATS = {         # the key that tells a format -> its (speaker, text) pairs, and its images as they are written
+    "conversations": lambda entry: (turns_of(entry["conversations"], "from", "value"), images_of(entry)),
+    "messages": lambda entry: (turns_of(entry["messages"], "role", "content"), images_of(entry)),
+    "query": lambda entry: (query_turns(entry), images_of(entry)),                      # older ms-swift
+    "food_meta": lambda entry: (food_turns(entry), entry["food_meta"]["food_file"]),    # FoodieQA
+    "question": lambda entry: (question_turns(entry), images_of(entry)),
 }
+TILES = (None, *range(1, 129))          # right values of max_dynamic_patch
+IMAGES_LAST = ("messages", "query")     # ms-swift puts images without a place before the last question, not the first
 
 
-def spoken(turns, who, what):
-    """[{who: speaker, what: text}, ...], or [[question, answer], ...] -> [(speaker, text), ...]."""
+def images_of(entry):
+    return entry.get("image") or entry.get("images") or []
+
+
+def turns_of(turns, speaker, text):
+    """[{speaker: ..., text: ...}, ...] or [[question, answer], ...] -> [(speaker, text), ...]."""
     if not isinstance(turns, list) or not turns:
         raise InputError(f"turns are {shown(turns)}; expected a list of them")
-    said = []
+    pairs = []
     for number, turn in enumerate(turns, 1):
-        if isinstance(turn, dict) and who in turn and what in turn:
-            said.append((turn[who], turn[what]))
+        if isinstance(turn, dict) and speaker in turn and text in turn:
+            pairs.append((turn[speaker], turn[text]))
         elif isinstance(turn, list) and len(turn) == 2:
-            said += zip(("user", "assistant"), turn)
+            pairs += zip(("user", "assistant"), turn)
         else:
             raise InputError(f"turn {number} is {shown(turn)}; expected [question, answer]"
-                             + (f' or {{"{who}", "{what}"}}' if who else ""))
-    return said
+                             + (f' or {{"{speaker}", "{text}"}}' if speaker else ""))
+    return pairs
+
+
+def query_turns(entry):
+    system = [("system", entry["system"])] if entry.get("system") else []
+    history = turns_of(entry["history"], None, None) if entry.get("history") else []
+    return [*system, *history, ("user", entry["query"]), ("assistant", entry.get("response"))]
+
+
+def food_turns(entry):
+    """The right choice and the dish are the answer, as in FoodieQA's conversion for LLaVA."""
+    choice = entry["choices"][int(entry["answer"])]
+    return [("user", entry["question"]), ("assistant", f"{choice}，图中的菜是{entry['food_name']}")]
+
+
+def question_turns(entry):
+    return [("user", entry["question"]), ("assistant", accepted_answers(entry)[0])]
 
 
 def accepted_answers(entry):
-    """All answers that count as right, the first one to be learned."""
+    """All answers that count as right; the first one is in the loss."""
     answers = entry.get("answers", entry.get("answer"))
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
@@ -68,49 +79,49 @@ def accepted_answers(entry):
 
 
 def shown(value):
-    """A value as a message shows it, cut to some length."""
+    """A value in a message, cut to 60 characters."""
     text = "missing" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:60] + "…"
 
 
+# -------------------------------------------------------------------------------------------------------------- entries
+
 def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
-    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history` and
-    `question_start` as in `write_page`; what else scores and predictions need.
+    Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history`
+    and `question_start` as in `write_page`; what scores and predictions need.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
     if not isinstance(entry, dict):
         raise InputError(f"{shown(entry)}; expected an object")
-    told_by = next((key for key in FORMATS if key in entry), None)
-    if told_by is None:
+    key = next((key for key in FORMATS if key in entry), None)
+    if key is None:
         raise InputError(f"none of the keys {', '.join(FORMATS)} (found: {', '.join(entry) or 'none'}); "
-                         "expected one of the formats in README.md")
+                         "expected one of the formats in extras/README.md")
     if entry.get("video") or entry.get("videos"):
         raise InputError("a video; only images are read")
     try:
-        system, turns = take_turns(FORMATS[told_by](entry))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{type(error).__name__}: {error}; expected a row of the format known by its key {told_by}") from error
-    listed = entry.get("image") or entry.get("images") or []
-    if told_by == "food_meta":
-        listed = entry["food_meta"].get("food_file") if isinstance(entry["food_meta"], dict) else entry["food_meta"]
-    listed = listed if isinstance(listed, list) else [listed]
-    if not all(isinstance(image, str) and image for image in listed):
-        raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
-    images, turns = place_images(turns, listed, first=-1 if told_by in ("query", "messages") else 0)
+        turns, images = FORMATS[key](entry)
+        system, turns = question_answer_pairs(turns)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{type(error).__name__}: {error}; expected a row of the format with the key {key}") from error
+    images, turns = place_images(turns, images, first=-1 if key in IMAGES_LAST else 0)
     history, question_start, rest = images_first(turns)
+    ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted_answers(entry) if told_by == "question" else None,
+            "accepted": accepted_answers(entry) if key == "question" else None,
             "question_types": entry.get("question_types") or [],
-            "questionId": next((entry[key] for key in ("questionId", "question_id", "id") if entry.get(key) is not None), None),
+            "questionId": next((name for name in ids if name is not None), None),
             "key": hashlib.sha1(repr(images or turns).encode()).hexdigest()}
 
 
-def take_turns(said):
-    """(speaker, text) pairs -> the system turn's text or None, and (question, answer) pairs."""
-    for number, (speaker, text) in enumerate(said, 1):
+def question_answer_pairs(turns):
+    """(speaker, text) pairs -> the system turn's text or None, and (question, answer) pairs. Raises InputError."""
+    for number, (speaker, text) in enumerate(turns, 1):
         if SPEAKERS.get(str(speaker)) is None:
             raise InputError(f"turn {number} is from {shown(speaker)}; expected one of {', '.join(SPEAKERS)}")
         if not isinstance(text, str):
@@ -120,121 +131,78 @@ def take_turns(said):
         except UnicodeEncodeError as error:
             raise InputError(f"turn {number} is not UTF-8 at its character {error.start + 1}") from error
     system = None
-    if SPEAKERS[said[0][0]] == "system":
-        system, said = said[0][1], said[1:]
-    for number, (speaker, text) in enumerate(said):
+    if SPEAKERS[turns[0][0]] == "system":
+        (_, system), *turns = turns
+    for number, (speaker, text) in enumerate(turns):
         if SPEAKERS[speaker] != ("user", "assistant")[number % 2]:
             raise InputError(f"{speaker} speaks where {('a question', 'an answer')[number % 2]} is expected; "
                              "questions and answers take turns")
         if not text.strip():
             raise InputError("an empty answer: nothing could be learned from it" if number % 2 else "an empty question")
-    if not said or len(said) % 2:
+    if not turns or len(turns) % 2:
         raise InputError("the last turn is no answer; expected questions and answers to take turns")
-    return system, [(question, answer) for (_, question), (_, answer) in zip(said[::2], said[1::2])]
+    texts = [text for _, text in turns]
+    return system, list(zip(texts[::2], texts[1::2]))
 
 
 def place_images(turns, listed, first=0):
-    """Turns with "<image>" wherever an image is written -> all images in that order, and the turns.
+    """Turns with "<image>" wherever an image is written -> all images in that order, and the turns. Raises InputError.
 
-    `listed`: the images named beside the turns, which take the places without a path of their own. `first`: the turn that
-    they begin where no place is written: the first one or, in ms-swift, the last.
+    `listed`: the images beside the turns, one or several; they take the places that have no path of their own. `first`:
+    the turn that they begin if there is no place.
     """
-    images, waiting, places = [], iter(listed), 0
-
-    def place(match):
-        nonlocal places
-        places += match.group(1) is None
-        images.append(match.group(1) if match.group(1) is not None else next(waiting, None))
-        return PLACEHOLDER
-    turns = [(PLACES.sub(place, question), answer) for question, answer in turns]
-    if not images:
+    listed = listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(image, str) and image for image in listed):
+        raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
+    found = [match.group(1) for question, _ in turns for match in PLACES.finditer(question)]    # paths, or None
+    if not found:
         question, answer = turns[first]
         turns[first] = f"{PLACEHOLDER}\n" * len(listed) + question, answer
         return listed, turns
-    if places != len(listed):
-        raise InputError(f"{places} {PLACEHOLDER} and {len(listed)} images; expected one place an image, or none")
-    if not all(images):
+    if found.count(None) != len(listed):
+        raise InputError(f"{found.count(None)} {PLACEHOLDER} and {len(listed)} images; "
+                         "expected one place an image, or none")
+    if "" in found:
         raise InputError("an <img></img> without a path")
-    return images, turns
+    waiting = iter(listed)
+    images = [next(waiting) if path is None else path for path in found]
+    return images, [(PLACES.sub(PLACEHOLDER, question), answer) for question, answer in turns]
 
 
 def images_first(turns):
-    """-> (history, question_start, rest of the turns), see `write_page`; ([], None, turns) where the images simply come first.
+    """Turns -> (history, question_start, turns), see `write_page`; ([], None, turns) if images simply come first.
 
-    They do where they are all at the beginning, or all at the end, of the first question: on lines of their own, before what
-    is left of it, so that rows about an image share a page. (LLaVA and XTuner move them to the beginning too.)
+    They do if all of them begin, or all of them end, the first question: then they stand on lines before it, so that
+    rows about an image share a page. (LLaVA and XTuner move them to the beginning, too.)
     """
     last = max((number for number, (question, _) in enumerate(turns) if PLACEHOLDER in question), default=None)
     if last is None:
         return [], None, turns
     question, answer = turns[last]
-    begin, end = re.match(r"(?:\s*<image>)*\s*", question).end(), re.search(r"\s*(?:<image>\s*)*$", question).start()
-    for rest in (question[begin:], question[:end]):
+    for rest in (re.sub(r"^(\s*<image>)*\s*", "", question), re.sub(r"\s*(<image>\s*)*$", "", question)):
         if last == 0 and PLACEHOLDER not in rest:
             return [], None, [(rest, answer), *turns[1:]]
     question_start, _, rest = question.rpartition(PLACEHOLDER)
     return turns[:last], question_start + PLACEHOLDER, [(rest, answer), *turns[last + 1:]]
 
 
-def entries(text):
-    """(line, value) of each entry of a JSON list or of JSON lines; the value is an InputError where it is no JSON."""
-    whole = text.strip()
-    first = whole.partition("\n")[0].strip()
-    if whole[:1] == "[" and (len(first) == len(whole) or not is_json(first)):
-        yield from list_entries(text)
-    elif whole[:1] == "{" and (first == "{" or not is_json(first) and is_json(whole)):
-        yield read_json(whole, 1)
-    else:
-        yield from (read_json(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def read_json(text, line):
-    """(line, value) of a JSON text that begins on this line; the value is an InputError, with its own line, if it is none."""
-    try:
-        return line, json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return line + getattr(error, "lineno", 1) - 1, InputError(f"no JSON ({error})")
-
-
-def is_json(text):
-    return not isinstance(read_json(text, 1)[1], InputError)
-
-
-def list_entries(text):
-    """As `entries`, of a JSON list: each with the line it begins on; what follows a mistake is not read."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    counted, line = 0, 1
-    at = space.match(text, text.index("[") + 1).end()
-    more = text[at:at + 1] != "]"
-    try:
-        while more:
-            counted, line = at, line + text.count("\n", counted, at)
-            value, at = decode(text, at)
-            yield line, value
-            at = space.match(text, at).end()
-            more = text[at:at + 1] == ","
-            if more:
-                at = space.match(text, at + 1).end()
-            elif text[at:at + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']' after an entry", text, at)
-        if text[at + 1:].strip():
-            raise json.JSONDecodeError("Extra data", text, space.match(text, at + 1).end())
-    except (ValueError, RecursionError) as error:
-        yield getattr(error, "lineno", line), InputError(f"no JSON ({error}); what follows was not read")
-
+# ---------------------------------------------------------------------------------------------------------------- files
 
 @dataclass
 class Part:
-    """The rows of one file, how often they come in an epoch, and what is wrong: (file:line, reason) pairs."""
+    """The rows of one file, how often they come in an epoch, and what is wrong: (place, reason) pairs.
+
+    A place is "file:3", the third line, or "file: entry 3" of a JSON list.
+    """
     rows: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     weight: float = 1.0
     entries: int = 0                    # right and wrong ones
-    remarks: list = field(default_factory=list)                 # as problems, but nothing that keeps rows from being used
+    remarks: list = field(default_factory=list)                 # as problems, but the rows can be used
 
 
 def read_file(path):
-    """The parts of a file: itself, or those that a mixture file names. Nothing is raised for a malformed row."""
+    """The parts of a file: itself, or those that a mixture file names. Malformed rows become problems of their part."""
     try:
         return read_parts(str(path), os.stat(path).st_mtime_ns)
     except OSError as error:
@@ -243,73 +211,93 @@ def read_file(path):
 
 @functools.lru_cache(maxsize=32)
 def read_parts(path, changed, root=None, **more):
-    """`changed`: its time, so that nothing stale is kept; `root`: folder of the images; `more`: settings of every row."""
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    found = list(entries(text))
+    """`changed`: the file's time, for the cache. `root`: folder of the images. `more`: settings of every row."""
+    found = list(entries(path, Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")))
     if len(found) == 1 and is_mixture(found[0][1]):
-        return read_mixture(path, text, found[0][1])
-    part, on_line = Part(entries=len(found)), Counter(line for line, _ in found)
-    for number, (line, value) in enumerate(found, 1):
+        return read_mixture(path, found[0][1])
+    part = Part(entries=len(found))
+    for place, value in found:
         try:
             if isinstance(value, InputError):
                 raise value
             row = read_entry(value)
             row["images"] = tuple(locate(image, root or Path(path).parent) for image in row["images"])
-            part.rows.append(row | more | {"place": f"{path}:{line}"})
+            part.rows.append(row | more | {"place": place})
         except InputError as error:
-            part.problems.append((f"{path}:{line}", str(error) if on_line[line] == 1 else f"entry {number}: {error}"))
+            part.problems.append((place, str(error)))
     if not found:
         part.problems.append((f"{path}:1", "no rows; expected JSON lines, a JSON list or a mixture file"))
     return [part]
 
 
+def entries(path, text):
+    """Yield (place, value) for each entry of a JSON list or of JSON lines; broken JSON gives an InputError."""
+    place, whole = read_json(path, text)
+    first = text.strip().partition("\n")[0].strip()
+    broken_list = first[:1] == "[" and isinstance(read_json(path, first)[1], InputError)
+    if isinstance(whole, list):
+        yield from ((f"{path}: entry {number}", value) for number, value in enumerate(whole, 1))
+    elif not isinstance(whole, InputError) or broken_list or first == "{":
+        yield place, whole
+    else:
+        yield from (read_json(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def read_json(path, text, line=1):
+    """(place, value) of a JSON text that begins on a line; of broken JSON the place of the mistake, an InputError."""
+    try:
+        return f"{path}:{line}", json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"no JSON ({error})")
+
+
+# ------------------------------------------------------------------------------------------------------------- mixtures
+
 def is_mixture(value):
-    return isinstance(value, dict) and any(isinstance(source, dict) and "annotation" in source for source in value.values())
+    return isinstance(value, dict) and any(isinstance(part, dict) and "annotation" in part for part in value.values())
 
 
-def read_mixture(path, text, sources):
-    """The parts of the mixture file `path`, whose text holds `sources`, by name."""
+def read_mixture(path, sources):
+    """The parts of a mixture file, {name: source}; its places are "file: name"."""
     parts = []
     for name, source in sources.items():
-        place = f"{path}:{text[:text.find(json.dumps(name, ensure_ascii=False))].count(chr(10)) + 1}"
         try:
-            part = read_source(path, name, source)
-            if source.get("length", part.entries) != part.entries:
-                part.remarks.append((place, f"{name}: length is {shown(source['length'])}, but {source['annotation']} has "
-                                            f"{part.entries} rows"))
+            part = read_source(path, source)
+            length = source.get("length", part.entries)
+            if length != part.entries:
+                reason = f"length is {shown(length)}, but {source['annotation']} has {part.entries} rows"
+                part.remarks.append((f"{path}: {name}", reason))
         except InputError as error:
-            part = Part(problems=[(place, str(error))])
+            part = Part(problems=[(f"{path}: {name}", str(error))])
         parts.append(part)
     return parts
 
 
-def read_source(path, name, source):
-    """One source of the mixture file `path` -> its part."""
-    def wanted(key, kind, default, text):
-        value = source.get(key, default)
-        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
-            raise InputError(f"{name}: {key} is {shown(value)}; expected {text}")
-        return value
+def read_source(path, source):
+    """One source of the mixture file `path` -> its part. Raises InputError."""
     if not isinstance(source, dict):
-        raise InputError(f"{name}: {shown(source)}; expected an object with root, annotation, repeat_time")
-    annotation = locate(wanted("annotation", str, None, "a file"), Path(path).parent)
-    weight = wanted("repeat_time", (int, float), 1, "a number above 0")
-    if not 0 < weight < 1e6:
-        raise InputError(f"{name}: repeat_time is {weight}; expected a number above 0")
-    max_tiles = wanted("max_dynamic_patch", (int, type(None)), None, "a number of tiles")
-    if max_tiles is not None and not 1 <= max_tiles <= 128:
-        raise InputError(f"{name}: max_dynamic_patch is {max_tiles}; expected 1 to 128")
-    more = {"max_tiles": max_tiles, "augment": wanted("data_augment", bool, False, "true or false")}
-    root = locate(wanted("root", str, "", "a folder"), Path(path).parent) if source.get("root") else None
+        raise InputError(f"{shown(source)}; expected an object with root, annotation, repeat_time")
+
+    def setting(key, default, types, expected, right=lambda value: True):
+        value = source.get(key, default)
+        if type(value) not in types or not right(value):
+            raise InputError(f"{key} is {shown(value)}; expected {expected}")
+        return value
+    annotation = locate(setting("annotation", None, (str,), "a file"), Path(path).parent)
+    root = setting("root", "", (str,), "a folder")
+    weight = setting("repeat_time", 1, (int, float), "a number above 0", lambda value: 0 < value < 1e6)
+    max_tiles = setting("max_dynamic_patch", None, (int, type(None)), "1 to 128", lambda value: value in TILES)
+    augment = setting("data_augment", False, (bool,), "true or false")
     if not Path(annotation).is_file():
-        raise InputError(f"{name}: annotation {annotation}: no such file")
-    parts = read_parts(annotation, os.stat(annotation).st_mtime_ns, root, **more)
+        raise InputError(f"annotation {annotation}: no such file")
+    parts = read_parts(annotation, os.stat(annotation).st_mtime_ns, root and locate(root, Path(path).parent),
+                       max_tiles=max_tiles, augment=augment)
     if len(parts) != 1:
-        raise InputError(f"{name}: annotation {annotation} is a mixture file itself; expected rows")
+        raise InputError(f"annotation {annotation} is a mixture file itself; expected rows")
     return Part(parts[0].rows, list(parts[0].problems), weight, parts[0].entries)
 
 
 def locate(name, folder):
-    """Where a file is: an address or a whole path is itself, else it lies in `folder` or, if not there, is named from here."""
+    """An address, or the path of a file: relative to `folder` or, if it is not there, to the current folder."""
     beside = os.path.join(folder, name)
     return name if "://" in name or not os.path.exists(beside) and os.path.exists(name) else beside

@@ -1,8 +1,7 @@
 """What does the model see, and where does it look? Pictures drawn with Pillow, and an example printed token by token.
 
-`draw_tiles`: images as they are cut, with grid, thumbnail and number of tokens. `show_example`: which tokens of a page
-are in the loss. `draw_attention`: where the answer's tokens looked. Source: the answer-to-token attention of "MLLMs
-Know Where to Look" (arXiv 2502.17422), section 3; it shows where the model looked, not why it answered what it did.
+Source of `attention`: "MLLMs Know Where to Look" (arXiv 2502.17422), section 3, answer-to-token attention. It shows
+where the model looked, not why it gave its answer.
 """
 import itertools
 import sys
@@ -40,17 +39,15 @@ def save_picture(picture, path):
 # ---------------------------------------------------------------------------------------------------------------- tiles
 
 def draw_tiles(pictures, tokens_per_tile):
-    """Draw images as they are cut -> RGB Pillow image: numbered tiles in their grid, the thumbnail beside them.
+    """Draw images below each other as they are cut -> RGB Pillow image: numbered tiles, the thumbnail beside them.
 
-    `pictures`: the images, drawn below each other, each with `tiles`, uint8 (n, 3, S, S), and `grid`, (columns, rows),
-    as in `Chat.pictures`.
+    `pictures`: each with `tiles`, uint8 (n, 3, S, S), and `grid`, (columns, rows), as in `Chat.pictures`.
     """
     return stack([draw_grid(picture.tiles, *picture.grid, tokens_per_tile) for picture in pictures])
 
 
 def draw_grid(tiles, columns, rows, tokens_per_tile):
-    size, count = tiles.shape[-1], columns * rows
-    thumbnail = len(tiles) > count
+    size, count, thumbnail = tiles.shape[-1], columns * rows, len(tiles) > columns * rows
     scale = max(1, size // 128)
     edge = EDGE * scale
     cell = size + edge
@@ -61,7 +58,7 @@ def draw_grid(tiles, columns, rows, tokens_per_tile):
     canvas = Image.new("RGB", (width, rows * cell + 2 * edge), "white")
     draw = ImageDraw.Draw(canvas)
     for i, tile in enumerate(tiles):
-        column, row = (i % columns, i // columns) if i < count else (columns, 0)
+        row, column = divmod(i, columns) if i < count else (0, columns)
         x, y = edge + column * cell, edge + row * cell
         canvas.paste(as_image(tile), (x, y))
         draw.rectangle((x - 1, y - 1, x + size, y + size), outline=WRONG)

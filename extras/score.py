@@ -25,24 +25,24 @@ def exact_match(prediction, answers):
 def anls(prediction, answers):
     """1 - normalized Levenshtein distance to the nearest answer, 0 to 1; below 0.5 it counts as 0.
 
-    As in the official script the distance is taken between normalized texts, its norm is the longer of the texts as written.
+    As in the official script the distance is that of normalized texts, the length that of the texts as written.
 
     >>> anls("abd", ["abc"])
     0.6666666666666667
     """
-    longest = [max(len(answer.upper()), len(prediction.upper())) or 1 for answer in answers]
-    score = 1 - min(levenshtein(normalize(answer), normalize(prediction)) / n for answer, n in zip(answers, longest))
+    lengths = [max(len(answer.upper()), len(prediction.upper())) or 1 for answer in answers]
+    score = 1 - min(levenshtein(normalize(answer), normalize(prediction)) / n for answer, n in zip(answers, lengths))
     return score if score >= 0.5 else 0.0
 
 
 def anls_stvqa(prediction, answers):
-    """As `anls`, but both texts are lower case without space around them, and these are what the norm is the longer of."""
+    """As `anls`, but of lower-case texts without space around them, whose lengths count."""
     score = 1 - nearest(prediction.strip().lower(), [answer.strip().lower() for answer in answers])
     return score if score >= 0.5 else 0.0
 
 
 def anls_challenge(prediction, answers):
-    """As `anls`, but the norm is of the normalized texts, and a distance of half the length is already too far."""
+    """As `anls`, but the lengths are those of the normalized texts, and a score of exactly 0.5 counts as 0, too."""
     distance = nearest(normalize(prediction), map(normalize, answers))
     return 1 - distance if distance < 0.5 else 0.0
 
@@ -85,36 +85,37 @@ def levenshtein(a, b):
     return row[-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 SCORES = {score.__name__: score for score in (exact_match, anls, anls_stvqa, anls_challenge, relaxed_accuracy)}
+PRINTED = ("exact_match", "anls")       # the others go to --json and to the scores file
 LENGTHS = (5, 10, 20, 40)               # characters of the shortest right answer, where a row of the table begins
 
 
 def score_table(answers):
     """Means of all scores: {row: {"questions": n, score: mean, ...}}, in total, by answer length and by question type.
 
-    `answers`: dicts with `answer`, `expected` (a list) and `types` (a list). Without anything expected: not scored.
+    `answers`: dicts with `answer`, `expected` (a list) and `types` (a list); nothing expected: not scored.
     """
-    rows = {"all": []}
-    for low, high in zip((0, *LENGTHS), (*LENGTHS, None)):
-        rows[f"answers of {low or 1} to {high - 1} characters" if high else f"answers of {low} characters and more"] = []
-    by_length = list(rows.values())[1:]
+    by_length = [f"answers of {low} to {high - 1} characters" for low, high in zip((1, *LENGTHS), LENGTHS)]
+    by_length.append(f"answers of {LENGTHS[-1]} characters and more")
+    rows = {name: [] for name in ("all", *by_length)}
     for line in answers:
         if line["expected"]:
-            scored = {name: score(line["answer"], line["expected"]) for name, score in SCORES.items()}
+            scores = {name: score(line["answer"], line["expected"]) for name, score in SCORES.items()}
             length = min(map(len, line["expected"]))
-            for row in (rows["all"], by_length[sum(length >= low for low in LENGTHS)],
-                        *(rows.setdefault(f"type {kind}", []) for kind in line["types"])):
-                row.append(scored)
-    return {name: {"questions": len(row)} | {score: sum(line[score] for line in row) / len(row) for score in SCORES}
+            types = [f"type {kind}" for kind in line["types"]]
+            for name in ("all", by_length[sum(length >= low for low in LENGTHS)], *types):
+                rows.setdefault(name, []).append(scores)
+    return {name: {"questions": len(row), **{score: sum(line[score] for line in row) / len(row) for score in SCORES}}
             for name, row in rows.items() if row}
 
 
 def print_scores(answers, table, settings):
     """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
-    print(f"{len(answers)} questions, {table['all']['questions'] if table else 0} of them with an answer to compare with; "
+    scored = table["all"]["questions"] if table else 0
+    print(f"{len(answers)} questions, {scored} of them with an answer to compare with; "
           + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    print(f"{'':<32} questions  " + "  ".join(SCORES))
+    print(f"{'':<32} questions  " + "  ".join(PRINTED))
     for name, row in table.items():
-        print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in SCORES))
+        print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in PRINTED))

@@ -39,7 +39,7 @@ class Conversations:
                 chat, text = self.chat(session, length), ""
                 for image in [image for path in files for image in load_images(path)]:
                     chat.add_image(image)
-                notes = list(remarks(chat))
+                notes = remarks(chat)
                 with contextlib.closing(chat.stream(question)) as pieces:
                     for piece in pieces:
                         text += piece

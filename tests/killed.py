@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import datasets                                                     # noqa: E402, F401: imported once, for all forks
 import fsspec                                                       # noqa: E402, F401
 import torch                                                        # noqa: E402
 from pyarrow import parquet                                         # noqa: E402, F401

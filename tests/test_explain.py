@@ -15,7 +15,7 @@ from commands import call, infer, refuses
 from conftest import ROOT
 from reference import all_logits, page_prompt
 from model import InternVL
-from extras.explain import TRANSLATION, explain, follow
+from extras.explain import explain, follow
 from model.prompt import IGNORE_INDEX
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
@@ -91,7 +91,9 @@ def test_its_probabilities_are_the_models(explained):
 
 def test_every_step_tells_its_shapes_and_its_file(explained):
     text = explained[3]
-    assert TRANSLATION in text                              # of the Chinese system sentence
+    translation = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your English name is InternVL, "
+                   "and you are a helpful and harmless AI assistant.")        # of the Chinese system sentence
+    assert translation in " ".join(text.split())
     told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
     assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
                     "6, 96", "6, 288"]

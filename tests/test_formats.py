@@ -287,35 +287,50 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
 
 
+def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypatch):
+    """It returns its turns and its images, whatever their keys; where no place is written they come first, as elsewhere."""
+    folder, _ = asked
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"])], entry["about"]["file"]))
+    images = [str(folder / f"page {i}.png") for i in (0, 1)]
+    own = [{"ask": "What?", "say": "This.", "about": {"file": images[0]}}, {"ask": "Both <image> or <image>?", "say": "Yes.", "about": {"file": images}}]
+    usual = [{"question": "What?", "answer": "This.", "image": images[0]}, {"question": "Both <image> or <image>?", "answer": "Yes.", "images": images}]
+    for name, rows in (("own", own), ("usual", usual)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
+    assert contents(pages_of(tmp_path / "own.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
+
+
 def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(FORMATS, "ask", lambda entry: [("user", entry["ask"]), ("assistant", entry["say"][0])])
+    monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"][0])], entry.get("of", [])))
     (tmp_path / "own.jsonl").write_text(jsonl([{"ask": "What?", "say": ["This."]}, {"ask": "What?"}, {"ask": "What?", "say": []}, {"ask": "What?", "say": None}]))
     lines = call(data, capsys, monkeypatch, "check", tmp_path / "own.jsonl")[1].splitlines()
-    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format known by its key ask", "IndexError", "TypeError")), 2):
+    for number, (line, reason) in enumerate(zip(lines, ("KeyError: 'say'; expected a row of the format with the key ask", "IndexError", "TypeError")), 2):
         assert f"own.jsonl:{number}: {reason}" in line
 
 
-@pytest.mark.parametrize("text, line, reason", [
-    ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', 3, "turn 2 is missing"),
-    ('[{"query": "a", "response": "b"}, {"query": "a"}]', 1, "entry 2: turn 2 is missing"),
-    ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', 3, "Expecting ',' or ']'"),
-    ('[\n {"query": "a", "response": "b"},\n]', 3, "no JSON"), ('[\n {"query": "a", "response": "b"},\n', 3, "no JSON"),
-    ('[\n {"query": "a", "response": "b"}\n]\nmore', 4, "Extra data"), ("", 1, "no rows"), ("\n\n", 1, "no rows"), ("[\n]", 1, "no rows"), ("[" * 100_000, 1, "no JSON"),
-    ('{\n "a": {"root": "x"}\n "b": 1}', 3, "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', 2, "annotation"),
-    ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', 2, "y: 5; expected an object"), ('{\n\n"x": {"annotation": 5}}', 3, "annotation is 5; expected a file"),
-    ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', 1, 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', 1, "above 0"),
-    ('{"x": {"annotation": "ok.jsonl", "max_dynamic_patch": 0}}', 1, "expected 1 to 128"), ('{"x": {"annotation": "ok.jsonl", "data_augment": 1}}', 1, "true or false"),
-    ('{"x": {"annotation": "ok.jsonl", "length": 7}}', 1, "length is 7, but ok.jsonl has 1 rows"),
-    ('{"x": {"annotation": "mix.json"}}', 1, "is a mixture file itself"),
+@pytest.mark.parametrize("text, place, reason", [
+    ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', ": entry 2", "turn 2 is missing"),
+    ('[{"query": "a", "response": "b"}, {"query": "a"}]', ": entry 2", "turn 2 is missing"),
+    ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', ":3", "Expecting ',' delimiter"),
+    ('[\n {"query": "a", "response": "b"},\n]', ":3", "no JSON"), ('[\n {"query": "a", "response": "b"},\n', ":3", "no JSON"),
+    ('[{"query": "a", "response": "b"},\n {"query": "a"', ":2", "no JSON"),
+    ('[\n {"query": "a", "response": "b"}\n]\nmore', ":4", "Extra data"), ("", ":1", "no rows"), ("\n\n", ":1", "no rows"), ("[\n]", ":1", "no rows"),
+    ("[" * 100_000, ":1", "no JSON"),
+    ('{\n "a": {"root": "x"}\n "b": 1}', ":3", "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', ": x", "annotation"),
+    ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', ": y", "5; expected an object"), ('{\n\n"x": {"annotation": 5}}', ": x", "annotation is 5; expected a file"),
+    ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', ": x", 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', ": x", "above 0"),
+    ('{"x": {"annotation": "ok.jsonl", "repeat_time": true}}', ": x", "above 0"), ('{"x": {"annotation": "ok.jsonl", "root": 5}}', ": x", "root is 5"),
+    ('{"x": {"annotation": "ok.jsonl", "max_dynamic_patch": 0}}', ": x", "expected 1 to 128"), ('{"x": {"annotation": "ok.jsonl", "data_augment": 1}}', ": x", "true or false"),
+    ('{"x": {"annotation": "ok.jsonl", "length": 7}}', ": x", "length is 7, but ok.jsonl has 1 rows"),
+    ('{"x": {"annotation": "mix.json"}}', ": x", "is a mixture file itself"),
 ])
-def test_lists_and_mixtures_tell_the_line_too(tmp_path, capsys, monkeypatch, text, line, reason):
+def test_lists_and_mixtures_name_the_entry_and_broken_json_its_line(tmp_path, capsys, monkeypatch, text, place, reason):
     (tmp_path / "ok.jsonl").write_text('{"query": "a", "response": "b"}\n')
     (tmp_path / "mix.json").write_text('{"x": {"annotation": "ok.jsonl"}, "y": {"annotation": "ok.jsonl"}}')
     (tmp_path / "a.json").write_text(text)
     status, out, _ = call(data, capsys, monkeypatch, "check", tmp_path / "a.json")
-    assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}:{line}: ") and reason in out, out
-    if line and "length" not in reason:
-        assert f"a.json:{line}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
+    assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}{place}: ") and reason in out, out
+    if "length" not in reason:
+        assert f"a.json{place}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
 
 
 def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkeypatch):
@@ -328,6 +343,7 @@ def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkey
 
 
 def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeypatch):
+    """Tiles as `infer.py --show` draws them, tokens branch by branch, those in the loss in brackets."""
     picture = tmp_path / "tiles.png"
     status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err

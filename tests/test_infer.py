@@ -66,6 +66,19 @@ def test_standard_output_is_the_answer_alone(ask, page):
     assert ask("--image", page, "What is the date?") == answer + "\n"
 
 
+def test_without_an_image_a_remark_says_so(folder, page, capsys, monkeypatch):
+    flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "What is the date?")
+    status, answer, err = call(infer, capsys, monkeypatch, *flags)
+    assert (status, err) == (0, "no image: text only\n") and answer
+    assert call(infer, capsys, monkeypatch, "--image", page, *flags)[2] == ""
+
+
+@pytest.mark.parametrize("flags", [("What", "is it?"), ("What", "--json", "is it?"), ("--image", "x.png", "What", "is", "it?")])
+def test_two_questions_are_one_line(capsys, monkeypatch, flags):
+    assert "one QUESTION; quote it, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
+    assert "unrecognized arguments: --imge" in refuses(infer, capsys, monkeypatch, "--imge", "x.png", *flags)
+
+
 def test_images_and_tiles_are_counted(ask, page):
     result = json.loads(ask("--image", page, "--image", page, "--max-tiles", 1, "--json", "<image> or <image>?"))
     assert result["tiles"] == [1, 1]
@@ -308,6 +321,13 @@ def test_modes_exclude_each_other(capsys, monkeypatch):
             assert "not allowed with argument" in refuses(infer, capsys, monkeypatch, *one, *other)
 
 
+def test_questions_may_be_a_json_list(ask, page, tmp_path):
+    asked = [{"question": "What is the date?", "images": ["page.png"]}, {"question": "And the name?", "image": "page.png"}]
+    (tmp_path / "q.json").write_text(json.dumps(asked, indent=1))
+    results = [json.loads(line) for line in ask("--questions", tmp_path / "q.json").splitlines()]
+    assert [(line["question"], line["images"]) for line in results] == [(line["question"], [str(page)]) for line in asked]
+
+
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
     for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
@@ -404,7 +424,10 @@ def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page,
              {"query": "What is the total?", "response": "2", "images": ["page.png"]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     table = ask("--evaluate", tmp_path / "a.jsonl", "--predictions", tmp_path / "p.json")
-    assert "3 questions, 3 of them with an answer" in table and "anls_challenge" in table
+    assert "3 questions, 3 of them with an answer" in table 
+    assert table.splitlines()[1].split() == ["questions", "exact_match", "anls"]           # the other scores are in the file
+    scores = json.loads((tmp_path / "p.scores.json").read_text())["scores"]
+    assert set(scores["all"]) == {"questions", *SCORES} and f"{scores['all']['anls']:.4f}" in table.splitlines()[2]
     predictions = json.loads((tmp_path / "p.json").read_text())
     assert [line["questionId"] for line in predictions] == ["a/1", "a/2", f"{tmp_path / 'a.jsonl'}:2"]
     assert predictions[0]["answer"] + "\n" == ask("--image", page, "What is the date?")

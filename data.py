@@ -165,7 +165,7 @@ def numbered(rows, start=0):
 
 def is_transient(error):
     """Whether an error may go away by itself: a network that refuses, stalls or breaks, a Hub that is overloaded."""
-    from huggingface_hub.errors import HTTPError                        # of the HTTP library that this release uses
+    from huggingface_hub.errors import HTTPError  # of the HTTP library that this release uses
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500

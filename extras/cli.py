@@ -56,7 +56,7 @@ ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "te
 
 
 def names_in(choices, what, more=""):
-    """An argument type: names of `choices`, comma-separated. `what` they are, and what `more` is allowed, for the message."""
+    """An argument type: names of `choices`, comma-separated. `what` and `more`: words of its error message."""
     def check(text):
         for name in text.split(","):
             if name not in choices:

@@ -13,8 +13,8 @@ LINE = 0.27                                                     # inches from on
 def draw_samples(folder, samples, pages):
     """Draw samples.png: pages with their questions, the first and the latest answers and the expected ones.
 
-    `samples`: lines of samples.jsonl. A right answer has a check mark, a wrong one a cross. The first page is also saved
-    on its own, as page.png, to be asked about.
+    `samples`: lines of samples.jsonl. A right answer has a check mark, a wrong one a cross. The first page is also
+    saved on its own, as page.png, to be asked about.
     """
     pyplot = plotting()
     images = [load_image(page.images[0], allow_private=True) if page.images else None for page in pages]
@@ -41,7 +41,7 @@ def draw_samples(folder, samples, pages):
             for (x, room), (text, color) in zip(COLUMNS, cells):
                 shown = text if len(text) <= room else text[:room - 1] + "…"
                 right.text(x, 1 - i * LINE / height, shown, va="top", fontsize=9, color=color, parse_math=False)
-    with warnings.catch_warnings(action="ignore"):              # characters that the font lacks: samples.md has them all
+    with warnings.catch_warnings(action="ignore"):              # about characters that the font lacks
         figure.savefig(folder / "samples.png", dpi=110)
     pyplot.close(figure)
 

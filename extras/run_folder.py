@@ -211,8 +211,8 @@ def keep_lines(path, wanted):
 class SkipLog:
     """Counts and names what is skipped; stops the run when more than 1 % of an epoch's pages cannot be used.
 
-    `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands, and
-    the pages of this epoch that were read before.
+    `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands,
+    and the pages of this epoch that were read before.
     """
     PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
 

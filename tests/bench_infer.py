@@ -21,13 +21,13 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 import transformers
 from PIL import Image
+from reference import page_prompt, randomise, reference_model, reference_pixels
 
+from extras.int8 import to_int8
 from model import InternVL
 from model.generate import generate
-from extras.int8 import to_int8
 from model.prompt import write_conversation
 from model.tiling import tile_page
-from reference import page_prompt, randomise, reference_model, reference_pixels
 
 QUESTIONS = ["What is the total amount?", "What is the date?", "Who signed it?", "What is the name of the company?"]
 

@@ -22,18 +22,18 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from reference import accumulate_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from extras.memory import peak_gb
+from extras.recipes import RECIPES
+from extras.run_folder import read_lines
 from model import InternVL, internvl
 from model.config import Config
 from model.lora import add_adapters
 from model.prompt import Prompt
-from extras.memory import peak_gb
-from extras.recipes import RECIPES
-from extras.run_folder import read_lines
-from reference import accumulate_gradients
 from train import PARTS, choose_parts
 
 IMAGE, ANSWER, QUESTIONS = 7, 6, 4              # an id for image tokens; tokens of an answer; questions of a page, as in DocumentVQA

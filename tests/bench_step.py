@@ -24,13 +24,12 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 import torch.nn.functional as F
 import transformers
+from reference import page_prompt, randomise, reference_model, reference_pixels
 
 from data import INSTRUCTION
-
-from model import InternVL
 from extras.memory import held_gb, peak_gb, step_gb
+from model import InternVL
 from model.prompt import IGNORE_INDEX
-from reference import page_prompt, randomise, reference_model, reference_pixels
 from train import answer_loss, choose_parts, make_optimizer
 
 ASKED = (("What is the total amount?", "$4,123.07"), ("Who signed the letter?", "W. Jones"), ("What is the date mentioned at the top?",

@@ -26,17 +26,17 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from safetensors import safe_open
 
 from data import group_rows_into_pages
+from extras.plots import plotting
+from extras.run_folder import read_lines
+from extras.score import anls, exact_match
 from extras.sources import open_rows
 from model import InternVL
 from model.generate import generate
-from model.prompt import write_page
-from extras.score import anls, exact_match
 from model.images import read_image
+from model.prompt import write_page
 from model.tiling import tile_page
 from model.tiny import pages
 from model.tiny.pages import DOMAINS, LOOSE, SHAPES, draw_page
-from extras.plots import plotting
-from extras.run_folder import read_lines
 
 
 def answers(model, tiles, questions):

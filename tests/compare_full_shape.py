@@ -17,11 +17,11 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 import torch.nn.functional as F
 import transformers
+from reference import accumulate_gradients, page_prompt, randomise, reference_model, reference_pixels
 
 from data import PageDataset, page_blocks
 from extras.sources import open_rows
 from model import InternVL
-from reference import accumulate_gradients, page_prompt, randomise, reference_model, reference_pixels
 from train import choose_parts, make_optimizer
 
 

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
-from model import InternVL                                          # noqa: E402
-from model.checkpoint import TINY                                   # noqa: E402
-from reference import randomise                                     # noqa: E402
+from reference import randomise  # noqa: E402
+
+from model import InternVL  # noqa: E402
+from model.checkpoint import TINY  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import InternVL
 from extras.explain import explain, follow, pictures
+from model import InternVL
 from model.tiny.pages import SHAPES, draw_page
 
 SHOWN = "page", "tiles", "patches", "tokens", "looked", "answer"

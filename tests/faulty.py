@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-from hub import serve                                               # noqa: E402
+from hub import serve  # noqa: E402
 
 KINDS = (429, 500, 502, 503, "close", "stall", "cut")
 

@@ -15,20 +15,20 @@ import zlib
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-import numpy as np                                                  # noqa: E402
-import torch                                                        # noqa: E402
-from PIL import Image                                               # noqa: E402
-from safetensors import safe_open                                   # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
-from data import PageDataset, page_blocks                               # noqa: E402
-from model import InputError, InternVL                              # noqa: E402
-from model.checkpoint import TINY, load_checkpoint                  # noqa: E402
-from model.images import read_image                                 # noqa: E402
-from model.prompt import write_page                                 # noqa: E402
-from model.tiling import tile_page                                  # noqa: E402
-from model.tokenizer import load_tokenizer                          # noqa: E402
-from extras.memory import peak_gb                                         # noqa: E402
-from extras.run_folder import SkipLog                                             # noqa: E402
+from data import PageDataset, page_blocks  # noqa: E402
+from extras.memory import peak_gb  # noqa: E402
+from extras.run_folder import SkipLog  # noqa: E402
+from model import InputError, InternVL  # noqa: E402
+from model.checkpoint import TINY, load_checkpoint  # noqa: E402
+from model.images import read_image  # noqa: E402
+from model.prompt import write_page  # noqa: E402
+from model.tiling import tile_page  # noqa: E402
+from model.tokenizer import load_tokenizer  # noqa: E402
 
 
 def encode(image, kind, **more):

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import fsspec                                                       # noqa: E402, F401
-import torch                                                        # noqa: E402
-from pyarrow import parquet                                         # noqa: E402, F401
+import datasets  # noqa: E402, F401
+import fsspec  # noqa: E402, F401
+import torch  # noqa: E402
+from pyarrow import parquet  # noqa: E402, F401
 
-import train                                                        # noqa: E402
-from extras import plots, run_folder                                # noqa: E402
-from extras.cli import run                                        # noqa: E402
+import train  # noqa: E402
+from extras import plots, run_folder  # noqa: E402
+from extras.cli import run  # noqa: E402
 
 STEPS, LONGEST = 56, 3                            # of the run; of an attempt, so that however fast, 25 do not reach the end
 PHASES = {"check_step": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 1.0}     # seconds they take, about

@@ -2,11 +2,11 @@
 import json
 import sys
 
+import bench_data
+import bench_step
 import pytest
 import torch
 
-import bench_data
-import bench_step
 from model.checkpoint import TINY
 from model.config import Config
 

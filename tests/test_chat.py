@@ -4,14 +4,14 @@ import random
 import pytest
 import torch
 from PIL import Image
+from reference import reference_model
+from test_generate import reference_answer
 
 from model import InputError
 from model.chat import decode
 from model.generate import generate
 from model.prompt import write_conversation
 from model.tiling import tile_page
-from reference import reference_model
-from test_generate import reference_answer
 
 
 def noise(width, height, seed=0):

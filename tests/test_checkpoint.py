@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from conftest import ROOT
 from hub import serve
+from safetensors.torch import load_file, save_file
+
 from model import InputError, InternVL
 from model.checkpoint import atomic_replace, write_text
 from model.config import Config

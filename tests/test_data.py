@@ -8,16 +8,24 @@ import time
 
 import pytest
 import torch
-
 from conftest import ROOT
-from data import (INSTRUCTION, Page, PageDataset, group_by_length, group_rows_into_pages, load_examples, page_blocks,
-                  prefetch)
-from extras.sources import count_rows, open_rows
 from hub import serve
+from small_data import mixed_rows, page_rows, write_dataset, write_split
+
+from data import (
+    INSTRUCTION,
+    Page,
+    PageDataset,
+    group_by_length,
+    group_rows_into_pages,
+    load_examples,
+    page_blocks,
+    prefetch,
+)
+from extras.sources import count_rows, open_rows
 from model import InputError
 from model.images import read_image
 from model.tiling import tile_page
-from small_data import mixed_rows, page_rows, write_dataset, write_split
 
 
 def row(page, question, image=b"x"):

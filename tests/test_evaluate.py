@@ -11,15 +11,15 @@ import threading
 import time
 
 import pytest
+from conftest import ROOT
 from PIL import Image
+from small_data import mixed_rows
 
 import train
-from conftest import ROOT
 from data import Page, PageDataset, group_rows_into_pages
 from extras import evaluate
 from extras.evaluate import answer, answer_batch, answer_questions, evaluate_rows, question_pages
 from model import InputError, InternVL
-from small_data import mixed_rows
 
 
 def examples_of(model, rows, **more):

@@ -3,7 +3,6 @@ import importlib.util
 import inspect
 
 import pytest
-
 from conftest import ROOT
 
 FOLDER = ROOT / "tests" / "exercises"

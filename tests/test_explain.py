@@ -6,16 +6,16 @@ import io
 import random
 import re
 
+import draw_explain
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageStat
-
-import draw_explain
 from commands import call, infer, refuses
 from conftest import ROOT
+from PIL import Image, ImageChops, ImageStat
 from reference import all_logits, page_prompt
-from model import InternVL
+
 from extras.explain import explain, follow
+from model import InternVL
 from model.prompt import IGNORE_INDEX
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page

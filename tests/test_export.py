@@ -5,26 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
-
 from commands import call, refuses, train
 from conftest import real
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftModel, get_peft_model
+from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
+from safetensors.torch import load_file, save_file
+from small_data import mixed_rows
+from test_lora import LLM_LEAVES, example, logits
+from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
+
 from data import PageDataset, group_rows_into_pages
-from model import InputError, InternVL
 from extras.export import transformers_files
+from model import InputError, InternVL
 from model.checkpoint import TINY
 from model.config import Config
 from model.generate import generate
+from model.images import read_image
 from model.names import official_name
 from model.prompt import IMAGE_TOKEN
-from model.images import read_image
 from model.tiling import tile_page
-from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
-from small_data import mixed_rows
-from test_lora import LLM_LEAVES, example, logits
 
 RUN = "--tiny", "--train", "projector,lora", "--lora-targets", "llm,vision", "--lora-rank", 4, "--lr", "projector=5e-3,lora=3e-3"
 

@@ -10,19 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-
 from commands import call, data, refuses, train
 from conftest import ROOT
+from example_formats import jsonl, write_formats
+from PIL import Image
 from reference import loss_of
+
 from data import PageDataset, group_rows_into_pages, page_blocks
+from extras.formats import FORMATS, read_entry, read_file
 from extras.pictures import draw_tiles
 from extras.sources import count_rows, named_parts, open_rows
-from example_formats import jsonl, write_formats
 from model import InputError
-from extras.formats import FORMATS, read_entry, read_file
-from model.prompt import INSTRUCTION, write_conversation
 from model.images import read_image
+from model.prompt import INSTRUCTION, write_conversation
 from model.tiling import choose_grid, tile_page
 from model.tiny.pages import draw_page
 

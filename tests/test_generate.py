@@ -3,15 +3,15 @@ import random
 
 import pytest
 import torch
-
 from conftest import SHARED, real
+from reference import all_logits, page_prompt, reference_model, reference_pixels
+
 from model import InternVL
 from model.generate import generate, sample
-from model.prompt import write_conversation
 from model.images import read_image
+from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
-from reference import all_logits, page_prompt, reference_model, reference_pixels
 
 
 def answers(model, pages, count, **sampling):

@@ -8,10 +8,11 @@ import sys
 import threading
 
 import pytest
-from PIL import Image
-
 from commands import call, infer, refuses
 from conftest import ROOT
+from PIL import Image
+from small_data import mixed_rows, write_dataset, write_split
+
 from data import group_rows_into_pages
 from extras import evaluate
 from extras.score import SCORES
@@ -22,7 +23,6 @@ from model.images import load_image
 from model.prompt import write_conversation
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
-from small_data import mixed_rows, write_dataset, write_split
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from model import InternVL
 from extras.int8 import Int8Linear, to_int8
+from model import InternVL
 from model.layers import Linear
 
 

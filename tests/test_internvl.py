@@ -4,12 +4,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import real
-from data import PageDataset, group_rows_into_pages
-from extras.sources import open_rows
 from reference import accumulate_gradients, all_logits, loss_of, page_prompt, reference_model, reference_pixels
 from small_data import mixed_rows
+
+from data import PageDataset, group_rows_into_pages
+from extras.sources import open_rows
 from train import choose_parts, make_optimizer
 
 PROJECTOR = {"norm": "layer_norm", "up": "linear_1", "out": "linear_2"}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from model.names import official_name
 from model.config import LanguageConfig
-from model.language import KVCache, Decoder, page_mask
+from model.language import Decoder, KVCache, page_mask
+from model.names import official_name
 
 SMALL = LanguageConfig(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, vocabulary=99, rope_theta=1e6)
 

@@ -5,15 +5,14 @@ from argparse import Namespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from reference import accumulate_gradients, reference_model, reference_pixels
+from small_data import mixed_rows
 
 from data import PageDataset, group_rows_into_pages
-from model import InputError, InternVL
 from extras.run_folder import restore_checkpoint, save_checkpoint
+from model import InputError, InternVL
 from model.checkpoint import load_checkpoint, read_checkpoint
-from model.lora import TARGETS, add_adapters, adapters, merged, target_layers
-from reference import reference_model, reference_pixels
-from small_data import mixed_rows
-from reference import accumulate_gradients
+from model.lora import TARGETS, adapters, add_adapters, merged, target_layers
 from train import choose_parts, make_optimizer, part_parameters
 
 SETTINGS = dict(lr=1e-2, weight_decay=0.01, beta2=0.999, device="cpu")

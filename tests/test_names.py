@@ -1,12 +1,12 @@
 """Every tensor has one name in each layout, and finds its way back."""
 import pytest
 import torch
+from reference import transformers_tensors
 
 from model import InternVL
 from model.config import Config
 from model.lora import add_adapters
 from model.names import NAMES, fuse, official_name, our_name, split, transformers_names
-from reference import transformers_tensors
 
 
 def full_model():

@@ -2,12 +2,12 @@
 import random
 
 import pytest
+from conftest import real
+from reference import page_prompt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from conftest import real
 from model import InputError
 from model.prompt import END, IGNORE_INDEX, START, SYSTEM, write_conversation
-from reference import page_prompt
 
 SYSTEM_IDS = [151644, 8948, 198, 56568, 104625, 100633, 104455, 104800, 101101, 32022, 102022, 99602, 100013, 9370, 90286,
               21287, 42140, 53772, 35243, 26288, 104949, 3837, 105205, 109641, 67916, 30698, 11, 54851, 46944, 115404, 42192,

@@ -3,9 +3,9 @@ import re
 import shlex
 
 import pytest
-
 from commands import infer, train
 from conftest import ROOT
+
 from extras import check
 
 ENGLISH, CHINESE = "README.md", "README.zh.md"

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py"), *(ROOT / "model").glob("*.py"), *(ROOT / "model" / "tiny").glob("*.py")])

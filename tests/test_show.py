@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import torch
 from PIL import Image, ImageChops
+from reference import page_prompt, reference_model, reference_pixels
 
 from extras.pictures import EDGE, attention, draw_attention, draw_tiles, grid_of, runs_of_tokens
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
-from reference import page_prompt, reference_model, reference_pixels
 
 
 def test_the_tiles_drawn_are_the_tiles_read(tiny):

@@ -14,22 +14,22 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-
-import data
 from commands import call, refuses, train
 from conftest import ROOT
+from reference import page_prompt
+from small_data import mixed_rows, write_split
+
+import data
 from data import MOST_QUESTIONS, page_blocks
 from extras import evaluate, plots, run_folder
+from extras.run_folder import restore_checkpoint, save_checkpoint
 from extras.sources import open_rows
 from model import InputError, InternVL
-from extras.run_folder import restore_checkpoint, save_checkpoint
 from model.checkpoint import latest_checkpoint
 from model.images import read_image
 from model.prompt import IGNORE_INDEX
 from model.tiling import choose_grid, tile_page
 from model.tiny import pages
-from reference import page_prompt
-from small_data import mixed_rows, write_split
 
 TIMES = ("questions_per_second", "data_wait", "peak_gb")
 

@@ -5,13 +5,16 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image, ImageDraw
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil, get_optimal_tiled_canvas
-
 from conftest import real
+from PIL import Image, ImageDraw
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
+
 from model.images import read_image
 from model.tiling import choose_grid, tile_page
-from model.vision import IMAGENET_STD, IMAGENET_MEAN, normalize
+from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 # golden vectors: width, height: grid for at most 1, 6, 12 and 18 tiles
 GRIDS = {

@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from model.checkpoint import TINY
-from model.tokenizer import load_tokenizer
 from model.tiling import choose_grid, tile_page
 from model.tiny import tokenizer as maker
 from model.tiny.pages import DOMAINS, FIELDS, LOOSE, READ, SHAPES, SyntheticRows, draw_page, glyph, held_out
+from model.tokenizer import load_tokenizer
 
 
 def rows(split, count=400, **more):
@@ -83,6 +83,7 @@ def test_pages_can_be_written_to_play_with(tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_embedded_model_reads_and_does_not_guess(shape):
     import bench_tiny
+
     from model import InternVL
     right, _, wrong, count = bench_tiny.score(InternVL.from_pretrained("tiny", "cpu"), "plain", shape, questions=60)
     assert right >= 0.93 and wrong <= 0.05 and count >= 60
@@ -90,6 +91,7 @@ def test_the_embedded_model_reads_and_does_not_guess(shape):
 
 def test_the_embedded_model_makes_nothing_of_other_domains():
     import bench_tiny
+
     from model import InternVL
     model = InternVL.from_pretrained("tiny", "cpu")
     assert all(bench_tiny.score(model, domain, None, questions=30)[0] <= 0.2 for domain in DOMAINS if domain != "plain")
@@ -125,6 +127,7 @@ def test_blocks_off_the_grid_stay_on_the_page_and_apart(domain):
 @pytest.mark.parametrize("domain, least", [("plain", 0.95), ("moved", 0.7), ("spaced", 0.35)])
 def test_the_loose_model_reads_off_the_grid(domain, least):
     import bench_tiny
+
     from model import InternVL
     right, close, wrong, _ = bench_tiny.score(InternVL.from_pretrained(TINY / "loose", "cpu"), domain, None, questions=60)
     assert right >= least and close > right - 1e-9 and wrong <= 0.05

@@ -9,19 +9,19 @@ from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from commands import call, refuses, train
 from conftest import ROOT
+from hub import serve
+from reference import loss_of
+from safetensors.torch import load_file, save_file
+from small_data import mixed_rows, write_dataset, write_split
+
 from data import group_rows_into_pages
 from extras import evaluate
-from hub import serve
 from model import InternVL
 from model.checkpoint import TINY
 from model.names import official_name
 from model.tiny.pages import draw_page
-from reference import loss_of
-from small_data import mixed_rows, write_dataset, write_split
 
 METRICS = {"step", "train_loss", "lr", "grad_norm", "questions", "answer_tokens", "questions_per_second", "data_wait", "peak_gb"}
 

@@ -4,15 +4,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from conftest import SHARED
+from PIL import Image
+from reference import reference_model
+from test_generate import reference_answer
+
+from extras.video import frame_places, read_video
 from model import InputError
 from model.prompt import write_conversation
 from model.tiling import tile_page
-from extras.video import frame_places, read_video
-from reference import reference_model
-from test_generate import reference_answer
 
 
 @pytest.fixture(params=["gif", "webp", "png"])

@@ -1,9 +1,9 @@
 """The vision encoder is transformers' InternVisionModel."""
 import torch
-
-from model.vision import VisionEncoder, normalize
-from model.config import VisionConfig
 from reference import reference_model, reference_pixels
+
+from model.config import VisionConfig
+from model.vision import VisionEncoder, normalize
 
 
 def test_patches_equal_the_reference(tiny):

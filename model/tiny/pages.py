@@ -1,9 +1,9 @@
 """Documents drawn with Pillow and its built-in fonts: small invoices, receipts, forms and letters, seeded and endless.
 
-    python -m model.tiny.pages DIR N [--domain negative] [--seed 0]        N pages as PNG, their questions in questions.jsonl
+    python -m model.tiny.pages DIR N [--domain negative] [--seed 0]     N pages as PNG, questions in questions.jsonl
 
-Every character stands in a cell of 16 x 16 pixels, which is what one image token of the tiny model covers. A *domain* is
-what pages look like; the embedded model was made on `plain` ones, the others are there to be learned.
+Every character stands in a cell of 16 x 16 pixels, the area of one image token of the tiny model. A *domain* is the
+look of a page; the embedded model was trained on `plain` pages, the others are for runs that begin with it.
 
     TOTAL                 What is the total?   $41.07
     $41.07                What is the date?    03/11/98
@@ -23,14 +23,15 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = 16                                                       # pixels a character
-SHAPES = ((8, 8), (16, 8), (16, 16))                            # columns x rows of characters: 1, 2 or 4 tiles of 128 pixels
+SHAPES = ((8, 8), (16, 8), (16, 16))                            # columns x rows of characters: 1, 2 or 4 tiles
 READ = "Read the page."                                         # asked in training only, of pages of one tile
 
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-SYLLABLES = "ba be bo da de do fa fi go ha ka ke la le lo ma mi mo na ne no pa ra re ri ro sa se so ta te ti va vo".split()
+SYLLABLES = ("ba be bo da de do fa fi go ha ka ke la le lo ma mi mo na ne no pa ra re ri ro sa se so ta te ti va vo"
+             ).split()
 
 
-# ------------------------------------------------------------------------------------------------------ what a page says
+# ------------------------------------------------------------------------------------------------ what a page says
 
 def pattern(text):
     """A value drawn from a pattern: # a digit, @ a capital letter, anything else itself."""
@@ -84,7 +85,7 @@ def write_page(draw, domain, shape, unseen):
     return blocks, questions
 
 
-# ------------------------------------------------------------------------------------------------------ what it looks like
+# ------------------------------------------------------------------------------------------------ what it looks like
 
 @functools.cache
 def glyph(character, domain):
@@ -93,7 +94,8 @@ def glyph(character, domain):
     cell = Image.new("L", (CELL, CELL), 255)
     if domain == "bitmap":
         left, top, right, bottom = font.getbbox(character)
-        ImageDraw.Draw(cell).text(((CELL - right + left) // 2, (CELL - bottom + top) // 2), character, fill=0, font=font)
+        place = (CELL - right + left) // 2, (CELL - bottom + top) // 2
+        ImageDraw.Draw(cell).text(place, character, fill=0, font=font)
     else:
         ImageDraw.Draw(cell).text((CELL / 2, CELL / 2), character, fill=0, font=font, anchor="mm")
     if domain == "mirrored":
@@ -113,7 +115,7 @@ DOMAINS = ("plain", "negative", "bitmap", "mirrored", "slanted", "blueprint", *L
 
 
 def draw_page(draw, domain="plain", shape=None, unseen=True):
-    """One document -> (Pillow image, [(question, answer), ...]). `draw`: a random.Random; `unseen`: its values are held out."""
+    """One document -> (Pillow image, [(question, answer), ...]). `draw`: a random.Random; `unseen`: held-out values."""
     shape = shape or draw.choice(SHAPES)
     blocks, questions = write_page(draw, domain, shape, unseen)
     page = Image.new("L", (shape[0] * CELL, shape[1] * CELL), 255)
@@ -128,8 +130,8 @@ def draw_page(draw, domain="plain", shape=None, unseen=True):
 
 
 def scatter(draw, page, blocks, domain):
-    """Set each block anywhere in its column of 8 cells: cells as they were if `moved`, cells of 12 to 16 pixels if `spaced`,
-    letters as wide as they are if `printed`."""
+    """Set each block anywhere in its column of 8 cells: cells as they were if `moved`, of 12 to 16 pixels if `spaced`,
+    letters with their own widths if `printed`."""
     pen, printed = ImageDraw.Draw(page), domain == "printed"
     for left in range(0, page.width, 8 * CELL):
         column = sorted((row, texts) for x, row, texts in blocks if x * CELL == left)
@@ -150,7 +152,7 @@ def scatter(draw, page, blocks, domain):
 
 @dataclass(frozen=True)
 class DrawnFile:
-    """The PNG file of a page of SyntheticRows, drawn when `bytes()` asks for it: passing over a page costs no drawing."""
+    """The PNG file of a page of SyntheticRows, drawn when `bytes()` asks for it: skipping a page costs nothing."""
     rows: "SyntheticRows"
     page: int
 
@@ -188,7 +190,8 @@ class SyntheticRows:
             for i, (question, answer) in enumerate(write_page(*self.drawn(page), self.unseen)[1]):
                 if page * 8 + i >= start:
                     yield page * 8 + i, {"question": question, "answers": [answer], "as_written": True, "docId": page,
-                                         "ucsf_document_page_no": "1", "image": {"bytes": DrawnFile(self, page), "path": None}}
+                                         "ucsf_document_page_no": "1",
+                                         "image": {"bytes": DrawnFile(self, page), "path": None}}
 
     def __iter__(self):
         return (row for _, row in self.numbered())

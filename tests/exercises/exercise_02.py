@@ -6,7 +6,7 @@ thumbnail, and `<img>` and `</img>` around them.
 Hint: a tile is 448 / 14 = 32 patches wide; the projector makes one token of 2 x 2 patches. A page of one tile has no
 thumbnail. See `choose_grid` in model/tiling.py and `tokens_per_tile` in model/config.py.
 """
-from model.tiling import choose_grid         # noqa: F401: you will want it
+from model.tiling import choose_grid  # noqa: F401  you will want it
 
 
 def page_tokens(width, height, max_tiles=12):

@@ -9,7 +9,7 @@ its position, and `page_mask` with the cache; `model.language` returns its vecto
 """
 import torch
 
-from model.language import KVCache, page_mask     # noqa: F401: you will want them
+from model.language import KVCache, page_mask  # noqa: F401  you will want it
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ def broken(model, examples, batch_pages):
 def test_it_is_the_mean_of_means_and_the_promise_is_broken():
     import random
 
+    from reference import accumulate_gradients
+
     from model import InternVL
     from model.prompt import write_page
     from model.tiling import tile_page
     from model.tiny.pages import draw_page
-    from reference import accumulate_gradients
     from train import choose_parts
 
     class Example:

@@ -78,6 +78,14 @@ def gradient(model, pages):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.projector.parameters()])
 
 
+def test_a_label_is_predicted_by_the_token_before_it_in_its_branch(tiny):
+    example = examples_of(tiny, mixed_rows(1), pages=1, max_tiles=1)[0]
+    batch = tiny.pack([(example.tiles, example.prompt)] * 2)
+    branches = torch.cat(batch.branches)
+    assert torch.equal(batch.ids[batch.answer_index + 1], batch.targets) and len(batch.targets) == 2 * example.answer_tokens
+    assert torch.equal(branches[batch.answer_index], branches[batch.answer_index + 1])
+
+
 @pytest.mark.parametrize("sizes", [(1,), (2,), (4,), (7,), (3, 5), (1, 7, 2)])
 def test_a_page_equals_separate_samples_in_float64(double, sizes):
     torch.manual_seed(sum(sizes))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from model.config import LanguageConfig
-from model.language import Decoder, KVCache, page_mask
+from model.language import Decoder, KVCache, apply_rotary, page_mask, rotary_cos_sin
 from model.names import official_name
 
 SMALL = LanguageConfig(width=48, layers=3, heads=6, kv_heads=2, mlp_width=80, vocabulary=99, rope_theta=1e6)
@@ -23,6 +24,12 @@ def decoder():
 
 def read(decoder, ids, positions, branches, cache=None):
     return decoder.lm_head(decoder(decoder.embedding(ids), positions, [page_mask(branches, cache)]))
+
+
+def test_rotary_positions_turn_pairs_of_halves_as_transformers_does():
+    x, (cos, sin) = torch.randn(6, 40, 8), rotary_cos_sin(torch.arange(40), 8, 1e6, torch.float32)
+    expected, _ = apply_rotary_pos_emb(x[None], x[None], cos[None], sin[None])
+    torch.testing.assert_close(apply_rotary(x, cos, sin), expected[0])
 
 
 def test_logits_equal_transformers_qwen2(decoder):

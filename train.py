@@ -25,7 +25,6 @@ from extras import recipes
 from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
-from extras.score import anls, exact_match
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
@@ -60,8 +59,7 @@ def add_data_flags(parser):
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
     flag("--recipe", choices=recipes.RECIPES, help="set flags as a published recipe does; typed flags win")
-    flag("--max-tiles", type=int_in(1, 128), default=12,
-         help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
+    flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles of a page, thumbnail not counted (%(default)s)")
     flag("--max-length", type=int_in(1), default=8192,
          help="tokens of a question with its page; longer questions are skipped (%(default)s)")
     add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
@@ -149,7 +147,7 @@ def parse_args():
     if not args.export and (args.push_to_hub or args.format != "official"):
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
-        refuse_another_run(parser, args)
+        refuse_another_run(parser, args, kept)
     args.lr = choose_rates(parser, args)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,27 +185,28 @@ def choose_rates(parser, args):
     return recipes.as_text({part: rates[part] for part in trained})
 
 
-def refuse_another_run(parser, args):
+def refuse_another_run(parser, args, kept):
     """A resumed run stays in its folder, trains the same parts, and sees its pages in the order it began with."""
+    advice = f"; to change that, begin a run with --model {args.resume}"
     if args.out != args.resume:
-        parser.error(f"--out {args.out}: --resume continues in its own folder; to begin another run from it, use "
-                     f"--model {args.resume}")
-    kept = read_settings(args.resume)
+        parser.error(f"--out {args.out}: --resume continues in its own folder" + advice)
     for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with; to change "
-                         f"that, begin a run with --model {args.resume}")
-    held_out = [bool(eval_every) and not eval_data for eval_every, eval_data in
-                ((args.eval_every, args.eval_data), (kept.get("eval_every", 1), kept.get("eval_data")))]
-    if held_out[0] != held_out[1] and any(Path(name).is_file() for name, _ in named_parts(args.data)):
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with" + advice)
+    if holds_out(vars(args)) != holds_out(kept) and any(Path(name).is_file() for name, _ in named_parts(args.data)):
         parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the "
-                     f"reverse; to change that, begin a run with --model {args.resume}")
+                     "reverse" + advice)
+
+
+def holds_out(settings):
+    """Whether validation pages are held out of --data, if that is a file."""
+    return bool(settings.get("eval_every", 1)) and not settings.get("eval_data")
 
 
 # ------------------------------------------------------------------------------------------------- model, optimizer
 
 def load_model(args):
-    """The model with its parts frozen or trainable; prints a table of the parts."""
+    """The model with its parts frozen or trainable."""
     if args.from_scratch:
         model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
     else:
@@ -315,9 +314,9 @@ def training_steps(loader, skips, args):
 
 def open_data(args, model, state, skips):
     """-> (validation pages, a loader of their examples, Steps from where the run stands on, rows in all epochs)."""
-    hold_out = bool(args.eval_every) and not args.eval_data             # of files, which have no splits
+    hold_out = holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
-    all_rows = args.epochs * count_rows(args.data, "train", hold_out) if args.epochs else math.inf
+    all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
     dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
     if args.eval_every:
         held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
@@ -342,6 +341,7 @@ def evaluate(model, examples):
     greedy answers, 0 to 1. answers: one dict per question.
     """
     from extras.evaluate import answer_batch
+    from extras.score import anls, exact_match
     model.eval()
     total, tokens, answers, skips = 0.0, 0, [], SkipLog()
     for example in filter(skips.usable, examples):
@@ -356,10 +356,9 @@ def evaluate(model, examples):
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
-
-    def mean(score):
-        return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
-    return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
+    scores = {score.__name__: sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
+              for score in (exact_match, anls)}
+    return {"val_loss": total / tokens, **scores}, answers
 
 
 # --------------------------------------------------------------------------------------------------------- training

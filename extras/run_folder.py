@@ -22,6 +22,7 @@ from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
 
@@ -74,14 +75,13 @@ class RunFolder:
     def ending(self, model, optimizer):
         """Around the loop: errors become one line, and what is not saved is saved. Yields a StopSignal."""
         stop = StopSignal()
+        handlers = {number: signal.signal(number, stop.catch) for number in SIGNALS}
         try:
             try:
                 yield stop
             except (RuntimeError, MemoryError, OSError, EOFError) as error:
-                message = self.explain(error)
-                if message is None:
-                    raise
-                raise InputError(message) from error
+                self.explain(error)
+                raise
         except (InputError, SystemExit) as end:
             stop.hold()
             if self.whole and self.state["step"] > self.saved and self.path.exists():
@@ -90,26 +90,27 @@ class RunFolder:
                 warn(f"stopped after step {self.state['step']}; continue with --resume {self.path}")
             raise
         finally:
-            stop.restore_handlers()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def explain(self, error):
-        """One line about an error that a run can meet beside its data; None for any other."""
+        """Raise InputError, one line, for an error that a run can meet beside its data."""
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
-            return (f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
-                    f"lower --workers or --max-tiles, then continue with --resume {self.path}")
+            raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its "
+                             f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
+                             ) from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
             pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in batch)
-            return (f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or "
-                    f"--batch-pages ({str(error)[:100] or 'MemoryError'})")
+            raise InputError(f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or "
+                             f"--batch-pages ({str(error)[:100] or 'MemoryError'})") from error
         if isinstance(error, OSError):
             advice = (f"its checkpoints are as they were: make room, then continue with --resume {self.path}"
                       if self.path.exists() else "it is gone")
-            return f"{self.path}: cannot be written ({error.strerror or error}); {advice}"
-        return None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 
     def count(self, step):
         """A step is done: note how far the run is, and from where its data resumes."""
@@ -160,12 +161,10 @@ class StopSignal:
     The exit status is the usual one of a program ended by a signal: 130 and 143.
     """
 
-    def __init__(self):
-        self.number, self.at_once = 0, True
-        self.handlers = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    number, at_once = 0, True           # the signal that came, if any; whether one ends the run at once
 
     def catch(self, number, _):
-        for each in self.handlers:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.number = number
         warn(f"{signal.Signals(number).name}: {'' if self.at_once else 'the step is finished and '}the run is saved; "
@@ -182,10 +181,6 @@ class StopSignal:
         self.at_once = True
         if self.number:
             raise SystemExit(128 + self.number)
-
-    def restore_handlers(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ lines

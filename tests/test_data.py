@@ -174,7 +174,7 @@ def test_every_copy_of_documentvqa_is_read(tmp_path, source):
     pages = list(group_rows_into_pages(open_rows(str(tmp_path), "train")))
     expected = list(group_rows_into_pages(rows))
     assert [(p.questions, p.answers, p.images) for p in pages] == [(p.questions, p.answers, p.images) for p in expected]
-    assert len(pages) == 5 and count_rows(str(tmp_path), "train") == len(rows)
+    assert len(pages) == 5 and count_rows(open_rows(str(tmp_path), "train"), str(tmp_path)) == len(rows)
 
 
 def test_every_question_of_every_receipt_is_found(receipts):
@@ -192,7 +192,7 @@ def test_every_question_of_every_receipt_is_found(receipts):
 def test_rows_stream_from_the_hub(tmp_path):
     write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
     code = ("from data import *; from extras.sources import *; d = 'zhangfaen/DocumentVQA'\n"
-            "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
+            "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(open_rows(d, 'train'), d))\n"
             "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
             "    try: open_rows(name, split)\n"
             "    except InputError as error: print(error)")

@@ -157,8 +157,7 @@ class ParquetRows:
 
     def __len__(self):
         """The number of rows, from the footers of the files. Raises InputError where one cannot be read."""
-        with reading(self.data, "the number of rows in its files", "repair them, or give the length of the run with "
-                     "--steps"):
+        with reading(self.data, "the number of its rows", "repair its files, or give the run's length with --steps"):
             return sum(retry(lambda: self.open(file)).metadata.num_rows for file in self.files)
 
 
@@ -265,14 +264,11 @@ def page_key(row):
 
 def image_bytes(row):
     """The image file of a row; empty, so that the page is named and skipped, where there is none."""
-    image = row["image"]
-    image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
-    if not isinstance(image, dict):
-        return b""
+    image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"], "path": row["image"]}
     content, path = image.get("bytes"), image.get("path")
-    if content is None and isinstance(path, str) and Path(path).is_file():
-        content = Path(path).read_bytes()
-    return content if hasattr(content, "__bytes__") else b""
+    if hasattr(content, "__bytes__"):
+        return content
+    return Path(path).read_bytes() if isinstance(path, str) and Path(path).is_file() else b""
 
 
 def open_page(row, key):

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -246,10 +245,8 @@ def make_optimizer(model, args):
     """AdamW over the trainable parameters, each part with its peak learning rate; weight decay for matrices only."""
     groups = []
     for part, parameters in part_parameters(model).items():
-        trained = [p for p in parameters if p.requires_grad]
-        matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        for group, decay in ((matrices, args.weight_decay), (others, 0.0)):
-            if group:
+        for matrices, decay in ((True, args.weight_decay), (False, 0.0)):
+            if group := [p for p in parameters if p.requires_grad and (p.ndim > 1) == matrices]:
                 rate = peak_lr(args, part)
                 groups.append({"params": group, "weight_decay": decay, "lr": rate, "peak_lr": rate})
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-8, fused=args.device.startswith("cuda"))
@@ -284,17 +281,6 @@ def print_run(args, model):
 
 # ------------------------------------------------------------------------------------------------------------- data
 
-@dataclass
-class Step:
-    """The pages of one optimizer step."""
-    pages: list                         # all pages, in the order of the stream
-    micro_batches: list                 # lists of the examples that can be used; a skipped page leaves its list shorter
-
-    @property
-    def examples(self):
-        return [example for micro_batch in self.micro_batches for example in micro_batch]
-
-
 def chunks(items, size):
     """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
     items = iter(items)
@@ -303,17 +289,20 @@ def chunks(items, size):
 
 
 def training_steps(loader, skips, args):
-    """Yield the Steps; the pages left over at the end of an epoch are a step of their own."""
+    """Yield for each step all its pages, in the order of the stream, and its micro-batches, lists of examples.
+
+    A skipped page leaves its micro-batch shorter. The pages left over at the end of an epoch are a step of their own.
+    """
     for _, of_epoch in itertools.groupby(loader, key=lambda example: example.page.epoch):
         for examples in chunks(of_epoch, args.batch_pages * args.accumulate):
             micro_batches = [list(filter(skips.usable, chunk)) for chunk in chunks(examples, args.batch_pages)]
             if any(micro_batches):
-                yield Step([example.page for example in examples], [chunk for chunk in micro_batches if chunk])
+                yield [example.page for example in examples], list(filter(None, micro_batches))
         skips.check_limit()
 
 
 def open_data(args, model, state, skips):
-    """-> (validation pages, a loader of their examples, Steps from where the run stands on, rows in all epochs)."""
+    """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
     hold_out = holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
@@ -394,14 +383,15 @@ def train(args, run, model, optimizer, data, bar, stop):
         if last:
             break
         started = time.perf_counter()
-        pages_of_step = next(steps, None)
-        if pages_of_step is None:                               # --epochs are over: validate, save, end
+        ready = next(steps, None)
+        if ready is None:                                       # --epochs are over: validate, save, end
             args.steps = step
             continue
         stop.hold()
         data_wait = time.perf_counter() - started
-        run.micro_batches, examples = pages_of_step.micro_batches, pages_of_step.examples
-        rows = run.state["rows"] + sum(page.rows for page in pages_of_step.pages) / 2
+        step_pages, run.micro_batches = ready
+        examples = list(itertools.chain(*run.micro_batches))
+        rows = run.state["rows"] + sum(page.rows for page in step_pages) / 2
         progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
 
         # ------------------------------------------------------------------------------------- one optimizer step
@@ -425,8 +415,8 @@ def train(args, run, model, optimizer, data, bar, stop):
         optimizer.zero_grad()
         # --------------------------------------------------------------------------------------------------------
 
-        run.count(pages_of_step)
         questions = sum(len(example.kept_questions) for example in examples)
+        run.count(step_pages, questions)
         run.log(bar, train_loss=loss, lr=max(group["lr"] for group in optimizer.param_groups), grad_norm=norm,
                 questions=questions, answer_tokens=tokens, data_wait=data_wait, peak_gb=peak_gb(args.device),
                 questions_per_second=questions / (time.perf_counter() - started))

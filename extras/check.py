@@ -21,7 +21,7 @@ def parse_arguments():
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
     check.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which of them are in the loss")
+    show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
     show.add_argument("path", metavar="PATH", help="as in check")
     show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
     show.add_argument("--out", help="the picture's file (show-N.png)")

@@ -112,13 +112,13 @@ class RunFolder:
                       if self.path.exists() else "it is gone")
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 
-    def count(self, step):
+    def count(self, pages, questions):
         """A step is done: note how far the run is, and from where its data resumes."""
-        state, (epoch, block, index) = self.state, step.pages[-1].resume
-        state["pages"] = len(step.pages) + (state["pages"] if epoch == state["epoch"] else 0)
+        state, (epoch, block, index) = self.state, pages[-1].resume
+        state["pages"] = len(pages) + (state["pages"] if epoch == state["epoch"] else 0)
         state.update(epoch=epoch, block=block, index=index, step=state["step"] + 1)
-        state["rows"] += sum(page.rows for page in step.pages)
-        state["questions"] += sum(len(example.kept_questions) for example in step.examples)
+        state["rows"] += sum(page.rows for page in pages)
+        state["questions"] += questions
         self.whole = True
 
     def log(self, bar, **line):
@@ -233,8 +233,7 @@ class SkipLog:
         if example.error:
             self.add(page, self.PAGE, 1, example.error)
             warn(f"page {page.name}: {example.error}; skipped")
-            if self.read >= 100 or self.read == 5 == len(self.skipped_pages()):
-                self.check_limit()
+            self.check_limit(at_end=False)
         elif example.too_long:
             first = f"the first: {example.too_long[0][:200]!r}"
             self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; {first}")
@@ -242,14 +241,14 @@ class SkipLog:
                  f"{first}")
         return not example.error
 
-    def skipped_pages(self):
-        """The lines of the pages of this epoch that cannot be used."""
-        return [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
+    def check_limit(self, at_end=True):
+        """Raise InputError if too many pages of the epoch cannot be used: all of them, or several and more than 1 %.
 
-    def check_limit(self):
-        """Raise InputError if too many pages cannot be used: all of them, or several and more than 1 %."""
-        skipped = self.skipped_pages()
-        if len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0:
+        Before its end only where 100 pages were read, or the first five cannot be used.
+        """
+        skipped = [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
+        judged = at_end or self.read >= 100 or self.read == 5 == len(skipped)
+        if judged and (len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0):
             raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
                              f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
 

@@ -287,12 +287,11 @@ def save_checkpoint(path, model, optimizer, state):
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    tensors = {}
-    for name, parameter in trained_parameters(model).items():
-        tensors[f"model.{name}"] = parameter.detach()
-        for kind, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{kind}.{name}"] = value
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    trained = trained_parameters(model)
+    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
+    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in trained.items()
+                for kind, value in optimizer.state[parameter].items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(state)
     metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same

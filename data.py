@@ -10,14 +10,15 @@ A block of rows is the unit of everything: its rows are gathered into pages, its
 resumed run begins by reading its block again. The order of the pages depends on the seed and the epoch alone, never on
 the number of workers. Rows are read in the main process; a DataLoader's workers decode, tile and tokenize whole pages.
 """
+import contextlib
 import hashlib
 import itertools
-import queue
 import random
 import re
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,28 +53,41 @@ def open_hub_rows(data, split):
         import datasets
     except ImportError as error:
         raise InputError("reading rows needs the package datasets: pip install datasets") from error
-    try:
-        builder = retry(lambda: datasets.load_dataset_builder(name, config))
+    hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
+    with reading(data, f"the split '{split}'", f"expected data/{split}-*.parquet{hint}"):
+        try:
+            builder = retry(lambda: datasets.load_dataset_builder(name, config))
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
         rows = retry(lambda: builder.as_streaming_dataset(split=split))
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
-    except Exception as error:                          # the classes differ between releases of datasets
-        if is_transient(error):
-            raise InputError(f"{data}: the Hub cannot be reached; connect to the network, or give a local folder "
-                             "with --data") from error
-        if not isinstance(error, (ValueError, OSError)):
-            raise
-        hint = " or switch validation off with --eval-every 0" if split == "validation" else ""
-        raise InputError(f"{data}: cannot read the split '{split}' ({error}); expected data/{split}-*.parquet"
-                         f"{hint}") from error
-    columns = rows.column_names or []
-    missing = [column for column in COLUMNS if column not in columns]
-    if missing:
-        raise InputError(f"{data}: no column {', '.join(missing)} (found: {', '.join(columns)}); "
-                         "expected DocumentVQA's columns")
+    check_columns(data, rows.column_names or [])
     if builder.name == "parquet":
         return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
     return rows.cast_column("image", datasets.Image(decode=False))
+
+
+@contextlib.contextmanager
+def reading(source, what, advice):
+    """Raise errors of the network, the Hub or a file as an InputError: `what` of `source` cannot be read; `advice`."""
+    from pyarrow import ArrowException
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:                          # the classes differ between releases of the libraries
+        if is_transient(error):
+            raise InputError(f"{source}: the Hub cannot be reached; connect to the network, or give a local folder "
+                             "with --data; continue a run with --resume") from error
+        if not isinstance(error, (ArrowException, OSError, ValueError)):
+            raise
+        raise InputError(f"{source}: cannot read {what} ({error}); {advice}") from error
+
+
+def check_columns(source, columns):
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise InputError(f"{source}: no column {', '.join(missing)} (found: {', '.join(columns)}); "
+                         "expected DocumentVQA's columns")
 
 
 def hub_name(data):
@@ -102,29 +116,28 @@ class ParquetRows:
 
     def numbered(self, start=0):
         """(number, row) of the rows from number `start` on."""
-        backoff = Backoff(MID_RUN)
-        while True:
+        rows = None
+
+        def next_row():
+            nonlocal rows
+            rows = rows or self.read(start)
             try:
-                for number, row in self.read(start):
-                    backoff.reset()
-                    start = number + 1
-                    yield number, row
-                return
-            except Exception as error:                          # the network's error classes differ between releases
-                if not is_transient(error):
-                    raise
-                if not backoff.wait(error):
-                    raise InputError(f"{self.data}: no answer from the network for {MID_RUN} seconds ({error}); "
-                                     "continue with --resume when it is back") from error
+                return next(rows, None)
+            except Exception:
+                rows = None                                     # the next try opens its file again
+                raise
+
+        while found := retry(next_row, MID_RUN):
+            start = found[0] + 1
+            yield found
 
     def read(self, start):
-        from pyarrow import ArrowException
         first = 0                                       # number of the first row of the file, then of the row group
         for file in self.files:
             if first + self.sizes.get(file, start + 1) <= start:
                 first += self.sizes[file]
                 continue
-            try:
+            with reading(file, "it as parquet", "repair it, or remove it"):
                 parquet = self.open(file)
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
@@ -133,29 +146,19 @@ class ParquetRows:
                         rows = (row for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
-            except ArrowException as error:
-                raise InputError(f"{file}: not a whole parquet file ({error}); repair it, or remove it") from error
 
     def open(self, file):
         import fsspec
         from pyarrow import parquet
         opened = parquet.ParquetFile(fsspec.open(file).open())
-        missing = [column for column in COLUMNS if column not in opened.schema_arrow.names]
-        if missing:
-            raise InputError(f"{file}: no column {', '.join(missing)}; expected DocumentVQA's columns")
+        check_columns(file, opened.schema_arrow.names)
         self.sizes[file] = opened.metadata.num_rows
         return opened
 
     def __len__(self):
         """The number of rows, from the footers of the files. Raises InputError where one cannot be read."""
-        from pyarrow import ArrowException
-        try:
+        with reading(self.data, "the number of its rows", "repair its files, or give the run's length with --steps"):
             return sum(retry(lambda: self.open(file)).metadata.num_rows for file in self.files)
-        except Exception as error:                              # the classes differ between releases
-            if not isinstance(error, (ArrowException, OSError)) and not is_transient(error):
-                raise
-            raise InputError(f"{self.data}: cannot read the number of rows in its files ({error}); repair them, or "
-                             "give the length of the run with --steps") from error
 
 
 def numbered(rows, start=0):
@@ -172,43 +175,26 @@ def is_transient(error):
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return True
     cause = error.__cause__ or error.__context__                # "not in the cache", because the Hub did not answer
-    return isinstance(error, OSError) and cause is not None and is_transient(cause)
-
-
-class Backoff:
-    """Pauses between tries: 1, 2, 4, ... 60 seconds, each printed, until `seconds` after the first error."""
-
-    def __init__(self, seconds):
-        self.seconds = seconds
-        self.reset()
-
-    def reset(self):
-        self.began, self.pause = None, 1
-
-    def wait(self, error):
-        """Pause before the next try. Returns False when the time is up."""
-        now = time.monotonic()
-        self.began = now if self.began is None else self.began
-        if now + self.pause > self.began + self.seconds:
-            return False
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        warn(f"no answer from the network ({reason}); trying again in {self.pause} s, giving up after "
-             f"{self.seconds} s")
-        time.sleep(self.pause)
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
-        return True
+    return isinstance(error, (OSError, InputError)) and cause is not None and is_transient(cause)
 
 
 def retry(call, seconds=AT_START):
-    """Return `call()`, tried again while the network fails; raises its last error after `seconds`."""
-    backoff = Backoff(seconds)
-    backoff.began = time.monotonic()            # the libraries pause and try again themselves: that counts
+    """Return `call()`, tried again while the network fails, after 1, 2, 4, ... 60 seconds, each pause printed.
+
+    Raises its last error when less than the next pause is left of `seconds`. The time counts from the first call: the
+    libraries pause and try again themselves.
+    """
+    began, pause = time.monotonic(), 1
     while True:
         try:
             return call()
         except Exception as error:              # the classes differ between releases of the Hub's libraries
-            if not is_transient(error) or not backoff.wait(error):
+            if not is_transient(error) or time.monotonic() + pause > began + seconds:
                 raise
+            reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+        warn(f"no answer from the network ({reason}); trying again in {pause} s, giving up after {seconds} s")
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 # ------------------------------------------------------------------------------------------------------------ pages
@@ -255,7 +241,7 @@ def group_rows_into_pages(rows, answered=True):
     for row in rows:
         key = page_key(row)
         if key not in latest or latest[key].full:
-            pages.append(new_page(row, key))
+            pages.append(open_page(row, key))
             pages[-1].cut = key in latest
             latest[key] = pages[-1]
         add_row(latest[key], row, answered)
@@ -276,61 +262,54 @@ def page_key(row):
     return part, hashlib.sha1(image_bytes(row)).hexdigest()
 
 
-def new_page(row, key):
-    if "turns" in row:
-        return Page(row["place"], list(row["images"]), key=hash(key), system=row["system"], history=row["history"],
-                    question_start=row["question_start"], max_tiles=row.get("max_tiles"),
-                    augment=row.get("augment", False))
-    return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
-
-
 def image_bytes(row):
     """The image file of a row; empty, so that the page is named and skipped, where there is none."""
-    image = row["image"]
-    image = {"bytes": image} if isinstance(image, bytes) else {"path": image} if isinstance(image, str) else image
-    if not isinstance(image, dict):
-        return b""
+    image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"], "path": row["image"]}
     content, path = image.get("bytes"), image.get("path")
-    if content is None and isinstance(path, str) and Path(path).is_file():
-        content = Path(path).read_bytes()
-    return content if hasattr(content, "__bytes__") else b""
+    if hasattr(content, "__bytes__"):
+        return content
+    return Path(path).read_bytes() if isinstance(path, str) and Path(path).is_file() else b""
 
 
-def add_row(page, row, answered=True):
+def open_page(row, key):
+    """A Page for a row, still without its questions."""
+    if "turns" not in row:
+        return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
+    more = {name: row[name] for name in ("system", "history", "question_start", "max_tiles", "augment") if name in row}
+    return Page(row["place"], list(row["images"]), key=hash(key), **more)
+
+
+def add_row(page, row, answered):
     """Add a row's question, or its conversation, to its page; the first of its answers is in the loss, as written."""
     page.rows += 1
     if "turns" in row:
-        return add_conversation(page, row)
+        turns, accepted, place = row["turns"], row["accepted"], row["place"]
+    else:
+        accepted, place = accepted_answers(page, row), f"{page.name}/{page.rows}"
+        turns = [(plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), (accepted or [""])[0])]
+        page.unanswered += not accepted
+        if answered and not accepted:
+            return
+    name, types = place if row.get("questionId") is None else row["questionId"], row.get("question_types") or []
+    for number, (question, answer) in enumerate(turns):
+        if number:
+            page.follows.add(len(page.questions))
+        page.questions.append(question)
+        page.answers.append(answer)
+        page.accepted.append([answer] if accepted is None else accepted)
+        page.ids.append(f"{name}/{number + 1}" if len(turns) > 1 else name)
+        page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types])
+        page.places.append(place if "turns" in row else name)
+
+
+def accepted_answers(page, row):
+    """All answers to a row's question that count as right; none without a question or a first answer."""
     question, answers = row["question"] or "", row["answers"] or []
     answers = [answer for answer in ([answers] if isinstance(answers, str) else answers) if answer is not None]
     if not isinstance(question, str) or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"page {page.name}: question {row['question']!r}, answers {row['answers']!r}; "
                          "expected text and a list of texts")
-    accepted = [plain(answer) for answer in answers] if question and answers and answers[0] else []
-    page.unanswered += not accepted
-    if accepted or not answered:
-        name = f"{page.name}/{page.rows}" if row.get("questionId") is None else row["questionId"]
-        question = plain(question) + ("" if row.get("as_written") else INSTRUCTION)
-        add_question(page, question, accepted[0] if accepted else "", accepted, name, row.get("question_types"), name)
-
-
-def add_conversation(page, row):
-    several, name = len(row["turns"]) > 1, row["place"] if row["questionId"] is None else row["questionId"]
-    for number, (question, answer) in enumerate(row["turns"]):
-        of_turn = f"{name}/{number + 1}" if several else name
-        add_question(page, question, answer, row["accepted"] or [answer], of_turn, row["question_types"], row["place"],
-                     follows=number > 0)
-
-
-def add_question(page, question, answer, accepted, name, types, place, follows=False):
-    if follows:
-        page.follows.add(len(page.questions))
-    page.questions.append(question)
-    page.answers.append(answer)
-    page.accepted.append(accepted)
-    page.ids.append(name)
-    page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types or []])
-    page.places.append(place)
+    return [plain(answer) for answer in answers] if question and answers and answers[0] else []
 
 
 def plain(text):
@@ -392,24 +371,20 @@ def group_by_length(pages, size, count, draw, placed=0):
 
 def prefetch(blocks):
     """Yield the pages of `blocks`; a thread gathers the next block while one is used, so two are held at most."""
-    ready, wanted = queue.Queue(), threading.Semaphore()
-
     def gather():
-        try:
-            while True:
-                wanted.acquire()
-                ready.put((next(blocks), None))
-        except BaseException as error:                          # raised where the pages are used
-            ready.put((None, error))
+        block = Future()
 
-    threading.Thread(target=gather, daemon=True).start()
-    while True:
-        pages, error = ready.get()
-        if isinstance(error, StopIteration):
-            return
-        if error:
-            raise error
-        wanted.release()
+        def work():
+            try:
+                block.set_result(next(blocks, None))
+            except BaseException as error:                      # raised where the pages are used
+                block.set_exception(error)
+        threading.Thread(target=work, daemon=True).start()      # daemon: one that waits for the network ends with us
+        return block
+
+    ready = gather()
+    while (pages := ready.result()) is not None:
+        ready = gather()
         yield from pages
 
 
@@ -482,9 +457,8 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        branches = [[(page.questions[i], page.answers[i]) for i in chain] for chain in chains]
-        if asked is not None:
-            branches = [[*turns[:-1], (turns[-1][0], None)] for turns in branches]
+        branches = [[(page.questions[i], page.answers[i] if asked is None or i != chain[-1] else None) for i in chain]
+                    for chain in chains]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
                                       self.max_length, page.system, page.history, page.question_start)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]

@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from extras import recipes
 from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
-from extras.score import anls, exact_match
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
@@ -60,8 +58,7 @@ def add_data_flags(parser):
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
     flag("--recipe", choices=recipes.RECIPES, help="set flags as a published recipe does; typed flags win")
-    flag("--max-tiles", type=int_in(1, 128), default=12,
-         help="tiles a page may be cut into, thumbnail not counted (%(default)s)")
+    flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles of a page, thumbnail not counted (%(default)s)")
     flag("--max-length", type=int_in(1), default=8192,
          help="tokens of a question with its page; longer questions are skipped (%(default)s)")
     add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
@@ -149,7 +146,7 @@ def parse_args():
     if not args.export and (args.push_to_hub or args.format != "official"):
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
-        refuse_another_run(parser, args)
+        refuse_another_run(parser, args, kept)
     args.lr = choose_rates(parser, args)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -187,27 +184,28 @@ def choose_rates(parser, args):
     return recipes.as_text({part: rates[part] for part in trained})
 
 
-def refuse_another_run(parser, args):
+def refuse_another_run(parser, args, kept):
     """A resumed run stays in its folder, trains the same parts, and sees its pages in the order it began with."""
+    advice = f"; to change that, begin a run with --model {args.resume}"
     if args.out != args.resume:
-        parser.error(f"--out {args.out}: --resume continues in its own folder; to begin another run from it, use "
-                     f"--model {args.resume}")
-    kept = read_settings(args.resume)
+        parser.error(f"--out {args.out}: --resume continues in its own folder" + advice)
     for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with; to change "
-                         f"that, begin a run with --model {args.resume}")
-    held_out = [bool(eval_every) and not eval_data for eval_every, eval_data in
-                ((args.eval_every, args.eval_data), (kept.get("eval_every", 1), kept.get("eval_data")))]
-    if held_out[0] != held_out[1] and any(Path(name).is_file() for name, _ in named_parts(args.data)):
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with" + advice)
+    if holds_out(vars(args)) != holds_out(kept) and any(Path(name).is_file() for name, _ in named_parts(args.data)):
         parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the "
-                     f"reverse; to change that, begin a run with --model {args.resume}")
+                     "reverse" + advice)
+
+
+def holds_out(settings):
+    """Whether validation pages are held out of --data, if that is a file."""
+    return bool(settings.get("eval_every", 1)) and not settings.get("eval_data")
 
 
 # ------------------------------------------------------------------------------------------------- model, optimizer
 
 def load_model(args):
-    """The model with its parts frozen or trainable; prints a table of the parts."""
+    """The model with its parts frozen or trainable."""
     if args.from_scratch:
         model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
     else:
@@ -247,10 +245,8 @@ def make_optimizer(model, args):
     """AdamW over the trainable parameters, each part with its peak learning rate; weight decay for matrices only."""
     groups = []
     for part, parameters in part_parameters(model).items():
-        trained = [p for p in parameters if p.requires_grad]
-        matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        for group, decay in ((matrices, args.weight_decay), (others, 0.0)):
-            if group:
+        for matrices, decay in ((True, args.weight_decay), (False, 0.0)):
+            if group := [p for p in parameters if p.requires_grad and (p.ndim > 1) == matrices]:
                 rate = peak_lr(args, part)
                 groups.append({"params": group, "weight_decay": decay, "lr": rate, "peak_lr": rate})
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-8, fused=args.device.startswith("cuda"))
@@ -285,17 +281,6 @@ def print_run(args, model):
 
 # ------------------------------------------------------------------------------------------------------------- data
 
-@dataclass
-class Step:
-    """The pages of one optimizer step."""
-    pages: list                         # all pages, in the order of the stream
-    micro_batches: list                 # lists of the examples that can be used; a skipped page leaves its list shorter
-
-    @property
-    def examples(self):
-        return [example for micro_batch in self.micro_batches for example in micro_batch]
-
-
 def chunks(items, size):
     """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
     items = iter(items)
@@ -304,20 +289,23 @@ def chunks(items, size):
 
 
 def training_steps(loader, skips, args):
-    """Yield the Steps; the pages left over at the end of an epoch are a step of their own."""
+    """Yield for each step all its pages, in the order of the stream, and its micro-batches, lists of examples.
+
+    A skipped page leaves its micro-batch shorter. The pages left over at the end of an epoch are a step of their own.
+    """
     for _, of_epoch in itertools.groupby(loader, key=lambda example: example.page.epoch):
         for examples in chunks(of_epoch, args.batch_pages * args.accumulate):
             micro_batches = [list(filter(skips.usable, chunk)) for chunk in chunks(examples, args.batch_pages)]
             if any(micro_batches):
-                yield Step([example.page for example in examples], [chunk for chunk in micro_batches if chunk])
+                yield [example.page for example in examples], list(filter(None, micro_batches))
         skips.check_limit()
 
 
 def open_data(args, model, state, skips):
-    """-> (validation pages, a loader of their examples, Steps from where the run stands on, rows in all epochs)."""
-    hold_out = bool(args.eval_every) and not args.eval_data             # of files, which have no splits
+    """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
+    hold_out = holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
-    all_rows = args.epochs * count_rows(args.data, "train", hold_out) if args.epochs else math.inf
+    all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
     dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
     if args.eval_every:
         held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
@@ -342,6 +330,7 @@ def evaluate(model, examples):
     greedy answers, 0 to 1. answers: one dict per question.
     """
     from extras.evaluate import answer_batch
+    from extras.score import anls, exact_match
     model.eval()
     total, tokens, answers, skips = 0.0, 0, [], SkipLog()
     for example in filter(skips.usable, examples):
@@ -356,10 +345,9 @@ def evaluate(model, examples):
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
-
-    def mean(score):
-        return sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
-    return {"val_loss": total / tokens, "exact_match": mean(exact_match), "anls": mean(anls)}, answers
+    scores = {score.__name__: sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
+              for score in (exact_match, anls)}
+    return {"val_loss": total / tokens, **scores}, answers
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -395,14 +383,15 @@ def train(args, run, model, optimizer, data, bar, stop):
         if last:
             break
         started = time.perf_counter()
-        pages_of_step = next(steps, None)
-        if pages_of_step is None:                               # --epochs are over: validate, save, end
+        ready = next(steps, None)
+        if ready is None:                                       # --epochs are over: validate, save, end
             args.steps = step
             continue
         stop.hold()
         data_wait = time.perf_counter() - started
-        run.micro_batches, examples = pages_of_step.micro_batches, pages_of_step.examples
-        rows = run.state["rows"] + sum(page.rows for page in pages_of_step.pages) / 2
+        step_pages, run.micro_batches = ready
+        examples = list(itertools.chain(*run.micro_batches))
+        rows = run.state["rows"] + sum(page.rows for page in step_pages) / 2
         progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
 
         # ------------------------------------------------------------------------------------- one optimizer step
@@ -426,8 +415,8 @@ def train(args, run, model, optimizer, data, bar, stop):
         optimizer.zero_grad()
         # --------------------------------------------------------------------------------------------------------
 
-        run.count(pages_of_step)
         questions = sum(len(example.kept_questions) for example in examples)
+        run.count(step_pages, questions)
         run.log(bar, train_loss=loss, lr=max(group["lr"] for group in optimizer.param_groups), grad_norm=norm,
                 questions=questions, answer_tokens=tokens, data_wait=data_wait, peak_gb=peak_gb(args.device),
                 questions_per_second=questions / (time.perf_counter() - started))

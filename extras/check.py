@@ -19,24 +19,19 @@ from model.tokenizer import load_tokenizer
 def parse_arguments():
     parser = OneLineParser(description="Check your data before you train on it, or see an example as the model does.")
     commands = parser.add_subparsers(dest="command", required=True)
-    check_parser = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
-    check_parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
-    show_parser = commands.add_parser("show", help="show one example: a picture of its tiles, its tokens, and which of "
-                                      "them are in the loss")
-    show_parser.add_argument("path", metavar="PATH", help="as in check")
-    show_parser.add_argument("number", type=int_in(0), metavar="N",
-                             help="which example, counted from 0: a page with all its questions")
-    show_parser.add_argument("--out", help="the picture's file (show-N.png)")
-    for command in (check_parser, show_parser):
-        command.add_argument("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; "
-                             "its weights are not needed (the embedded model; check then judges no lengths)")
-        command.add_argument("--max-tiles", type=int_in(1, 128), default=12,
-                             help="tiles a page may be cut into (%(default)s)")
-        command.add_argument("--max-length", type=int_in(1), default=8192,
-                             help="tokens of a question with its page (%(default)s)")
-        command.add_argument("--allow-private", action="store_true",
-                             help="fetch images from addresses of a private network too")
-        command.add_argument("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+    check = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
+    check.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
+    show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
+    show.add_argument("path", metavar="PATH", help="as in check")
+    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
+    show.add_argument("--out", help="the picture's file (show-N.png)")
+    for flag in (check.add_argument, show.add_argument):
+        flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
+             "not needed (the embedded model; check then judges no lengths)")
+        flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
+        flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
+        flag("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
+        flag("--split", default="train", help="of a data set in Hub layout (%(default)s)")
     return parser.parse_args()
 
 
@@ -54,19 +49,16 @@ def check(path, dataset, split):
     # a file is gathered as a whole: an image is decoded once for all its rows
     blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
     problems = [problem for part in parts for problem in part.problems + part.remarks]
-    rows = sum(part.entries for part in parts)
-    counts, pictures = dict.fromkeys(("pages", "questions", "without an answer"), 0), set()
+    pages, pictures = [], set()
     for page in itertools.chain.from_iterable(blocks):
-        rows += 0 if parts else page.rows
-        counts["pages"] += 1
-        counts["questions"] += len(page.questions)
-        counts["without an answer"] += page.unanswered
-        pictures.update(image for image in page.images if isinstance(image, str))
         problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
+        pictures.update(image for image in page.images if isinstance(image, str))
+        pages.append((page.rows, len(page.questions), page.unanswered))
+    rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
     print_problems(path, problems)
-    print(f"{path}: {'all is right' if not problems else f'{len(problems)} wrong'}; {rows} rows, "
-          + ", ".join(f"{count} {name}" for name, count in counts.items())
-          + (f", {len(pictures)} images" if parts else ""))
+    print(f"{path}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
+          f"{sum(part.entries for part in parts) if parts else rows} rows, {len(pages)} pages, {questions} questions, "
+          f"{unanswered} without an answer" + (f", {len(pictures)} images" if parts else ""))
     return not problems
 
 
@@ -84,11 +76,11 @@ def print_problems(path, problems):
 
 def problems_of(example, max_length, in_file):
     """(place, reason) of all that keeps a page, or some of its questions, out of training."""
-    page = example.page
-    if example.error:
-        return [(place if in_file else page.name, example.error) for place in dict.fromkeys(page.places or [page.name])]
-    left_out = [place for i, place in enumerate(page.places) if i not in example.kept_questions]
-    return [(place, f"does not fit --max-length {max_length}") for place in dict.fromkeys(left_out)]
+    page, kept, reason = example.page, example.kept_questions, example.error
+    places = [place for i, place in enumerate(page.places) if i not in kept]
+    if reason and not (in_file and places):
+        return [(page.name, reason)]
+    return [(place, reason or f"does not fit --max-length {max_length}") for place in dict.fromkeys(places)]
 
 
 def by_line(problem):

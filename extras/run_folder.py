@@ -22,6 +22,7 @@ from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
 
@@ -74,14 +75,13 @@ class RunFolder:
     def ending(self, model, optimizer):
         """Around the loop: errors become one line, and what is not saved is saved. Yields a StopSignal."""
         stop = StopSignal()
+        handlers = {number: signal.signal(number, stop.catch) for number in SIGNALS}
         try:
             try:
                 yield stop
             except (RuntimeError, MemoryError, OSError, EOFError) as error:
-                message = self.explain(error)
-                if message is None:
-                    raise
-                raise InputError(message) from error
+                self.explain(error)
+                raise
         except (InputError, SystemExit) as end:
             stop.hold()
             if self.whole and self.state["step"] > self.saved and self.path.exists():
@@ -90,34 +90,35 @@ class RunFolder:
                 warn(f"stopped after step {self.state['step']}; continue with --resume {self.path}")
             raise
         finally:
-            stop.restore_handlers()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def explain(self, error):
-        """One line about an error that a run can meet beside its data; None for any other."""
+        """Raise InputError, one line, for an error that a run can meet beside its data."""
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
-            return (f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its memory; "
-                    f"lower --workers or --max-tiles, then continue with --resume {self.path}")
+            raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its "
+                             f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
+                             ) from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
             pages = ", ".join(f"{example.page.name} ({len(example.tiles)} tiles)" for example in batch)
-            return (f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or "
-                    f"--batch-pages ({str(error)[:100] or 'MemoryError'})")
+            raise InputError(f"out of memory with {most} tiles in a micro-batch, pages {pages}; lower --max-tiles or "
+                             f"--batch-pages ({str(error)[:100] or 'MemoryError'})") from error
         if isinstance(error, OSError):
             advice = (f"its checkpoints are as they were: make room, then continue with --resume {self.path}"
                       if self.path.exists() else "it is gone")
-            return f"{self.path}: cannot be written ({error.strerror or error}); {advice}"
-        return None
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 
-    def count(self, step):
+    def count(self, pages, questions):
         """A step is done: note how far the run is, and from where its data resumes."""
-        state, (epoch, block, index) = self.state, step.pages[-1].resume
-        state["pages"] = len(step.pages) + (state["pages"] if epoch == state["epoch"] else 0)
+        state, (epoch, block, index) = self.state, pages[-1].resume
+        state["pages"] = len(pages) + (state["pages"] if epoch == state["epoch"] else 0)
         state.update(epoch=epoch, block=block, index=index, step=state["step"] + 1)
-        state["rows"] += sum(page.rows for page in step.pages)
-        state["questions"] += sum(len(example.kept_questions) for example in step.examples)
+        state["rows"] += sum(page.rows for page in pages)
+        state["questions"] += questions
         self.whole = True
 
     def log(self, bar, **line):
@@ -160,12 +161,10 @@ class StopSignal:
     The exit status is the usual one of a program ended by a signal: 130 and 143.
     """
 
-    def __init__(self):
-        self.number, self.at_once = 0, True
-        self.handlers = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    number, at_once = 0, True           # the signal that came, if any; whether one ends the run at once
 
     def catch(self, number, _):
-        for each in self.handlers:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.number = number
         warn(f"{signal.Signals(number).name}: {'' if self.at_once else 'the step is finished and '}the run is saved; "
@@ -182,10 +181,6 @@ class StopSignal:
         self.at_once = True
         if self.number:
             raise SystemExit(128 + self.number)
-
-    def restore_handlers(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ lines
@@ -238,8 +233,7 @@ class SkipLog:
         if example.error:
             self.add(page, self.PAGE, 1, example.error)
             warn(f"page {page.name}: {example.error}; skipped")
-            if self.read >= 100 or self.read == 5 == len(self.skipped_pages()):
-                self.check_limit()
+            self.check_limit(at_end=False)
         elif example.too_long:
             first = f"the first: {example.too_long[0][:200]!r}"
             self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; {first}")
@@ -247,14 +241,14 @@ class SkipLog:
                  f"{first}")
         return not example.error
 
-    def skipped_pages(self):
-        """The lines of the pages of this epoch that cannot be used."""
-        return [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
+    def check_limit(self, at_end=True):
+        """Raise InputError if too many pages of the epoch cannot be used: all of them, or several and more than 1 %.
 
-    def check_limit(self):
-        """Raise InputError if too many pages cannot be used: all of them, or several and more than 1 %."""
-        skipped = self.skipped_pages()
-        if len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0:
+        Before its end only where 100 pages were read, or the first five cannot be used.
+        """
+        skipped = [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
+        judged = at_end or self.read >= 100 or self.read == 5 == len(skipped)
+        if judged and (len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0):
             raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
                              f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
 
@@ -293,12 +287,11 @@ def save_checkpoint(path, model, optimizer, state):
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    tensors = {}
-    for name, parameter in trained_parameters(model).items():
-        tensors[f"model.{name}"] = parameter.detach()
-        for kind, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{kind}.{name}"] = value
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    trained = trained_parameters(model)
+    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
+    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in trained.items()
+                for kind, value in optimizer.state[parameter].items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(state)
     metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same

@@ -32,29 +32,22 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True):
     for name, weight in named_parts(data):
         if Path(name).is_file():
             parts += [(rows, name, weight * often) for rows, often in open_file(name, split, hold_out)]
-        elif is_synthetic(name):
-            parts.append((open_synthetic(name, split, seed, domains), name, weight))
         else:
-            parts.append((open_hub_rows(name, split), name, weight))
+            rows = open_synthetic(name, split, seed, domains) if is_synthetic(name) else open_hub_rows(name, split)
+            parts.append((rows, name, weight))
     if split == "validation" and all(rows == [] for rows, _, _ in parts):
         raise InputError(f"{data}: too few pages to hold one out for validation; name others with --eval-data, or "
                          "switch it off with --eval-every 0")
     if len(parts) == 1 and parts[0][2] == 1:
         return parts[0][0]
-    return Mixture([(rows, number_of(rows, name), weight if split == "train" else 1) for rows, name, weight in parts])
+    return Mixture([(rows, count_rows(rows, name), weight if split == "train" else 1) for rows, name, weight in parts])
 
 
-def count_rows(data, split, hold_out=True):
-    """The number of rows of a split. Raises InputError where it is unknown, or without end."""
-    return number_of(open_rows(data, split, hold_out=hold_out), data)
-
-
-def number_of(rows, name):
-    if is_synthetic(name):
-        raise InputError("synthetic pages have no end; give the length of the run with --steps")
+def count_rows(rows, name):
+    """The number of the rows that `open_rows(name)` gave. Raises InputError where it is unknown, or without end."""
     if not hasattr(rows, "__len__"):
-        raise InputError(f"{name}: not parquet, so its number of rows is unknown; give the length of the run with "
-                         "--steps")
+        reason = "drawn without an end" if is_synthetic(name) else "not parquet, so their number is unknown"
+        raise InputError(f"{name}: its rows are {reason}; give the length of the run with --steps")
     return len(rows)
 
 
@@ -133,11 +126,8 @@ def open_file(path, split, hold_out):
             count = len(part.problems)
             more = f"; {count} in all, listed by: python data.py check {path}" if count > 1 else ""
             raise InputError(": ".join(part.problems[0]) + more)
-        if hold_out:
-            kept = held_out(part.rows)
-            yield [row for row in part.rows if (row["key"] in kept) == (split == "validation")], part.weight
-        else:
-            yield part.rows, part.weight
+        kept = held_out(part.rows) if hold_out else ()
+        yield [row for row in part.rows if not hold_out or (row["key"] in kept) == (split == "validation")], part.weight
 
 
 def held_out(rows):

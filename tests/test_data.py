@@ -1,4 +1,5 @@
 """Every question reaches its page, in a known order, whatever the number of workers; bad pages are named, not hidden."""
+import collections
 import itertools
 import os
 import random
@@ -174,7 +175,7 @@ def test_every_copy_of_documentvqa_is_read(tmp_path, source):
     pages = list(group_rows_into_pages(open_rows(str(tmp_path), "train")))
     expected = list(group_rows_into_pages(rows))
     assert [(p.questions, p.answers, p.images) for p in pages] == [(p.questions, p.answers, p.images) for p in expected]
-    assert len(pages) == 5 and count_rows(str(tmp_path), "train") == len(rows)
+    assert len(pages) == 5 and count_rows(open_rows(str(tmp_path), "train"), str(tmp_path)) == len(rows)
 
 
 def test_every_question_of_every_receipt_is_found(receipts):
@@ -192,7 +193,7 @@ def test_every_question_of_every_receipt_is_found(receipts):
 def test_rows_stream_from_the_hub(tmp_path):
     write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
     code = ("from data import *; from extras.sources import *; d = 'zhangfaen/DocumentVQA'\n"
-            "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(d, 'train'))\n"
+            "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(open_rows(d, 'train'), d))\n"
             "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
             "    try: open_rows(name, split)\n"
             "    except InputError as error: print(error)")
@@ -242,3 +243,44 @@ def test_an_error_while_reading_rows_reaches_the_reader():
         raise OSError("the line broke")
     with pytest.raises(InputError, match="rows of block 0 cannot be read .OSError: the line broke"):
         list(page_blocks(rows(), shuffle=False))
+
+
+def test_a_damaged_parquet_file_is_named_in_one_line(tmp_path):
+    write_split(tmp_path, "train", mixed_rows(6), shards=2)
+    rows, [_, second] = open_rows(str(tmp_path), "train"), sorted((tmp_path / "data").iterdir())
+    second.write_bytes(second.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"{second.name}: cannot read it as parquet .*; repair it, or remove it"):
+        collections.deque(iter(rows), 0)                                        # list() would ask for their number first
+    with pytest.raises(InputError, match="cannot read the number of its rows .*; repair its files, or give the run's length with --steps"):
+        len(rows)
+
+
+def test_a_parquet_file_that_lacks_a_column_is_named(tmp_path):
+    write_split(tmp_path, "train", page_rows(1), shards=1)
+    rows = open_rows(str(tmp_path), "train")
+    write_split(tmp_path / "b", "train", [{name: row[name] for name in ("question", "image")} | {"answers": []} for row in page_rows(1)], 1)
+    [file], [other] = (tmp_path / "data").iterdir(), (tmp_path / "b" / "data").iterdir()
+    from pyarrow import parquet
+    parquet.write_table(parquet.read_table(other).drop_columns("question"), file)
+    with pytest.raises(InputError, match=rf"{file.name}: no column question \(found: image, answers\)"):
+        collections.deque(iter(rows), 0)
+
+
+def test_a_row_is_tried_again_until_the_network_is_back_or_the_time_is_up(tmp_path, monkeypatch):
+    write_split(tmp_path, "train", mixed_rows(6), shards=2)
+    rows, clock, faults = open_rows(str(tmp_path), "train"), [0.0], []
+    expected = list(iter(rows))
+    monkeypatch.setattr("data.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("data.time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def opening(file, open=rows.open):
+        if faults and faults.pop():
+            raise ConnectionError("gone")
+        return open(file)
+    monkeypatch.setattr(rows, "open", opening)
+    faults[:] = [True] * 3
+    assert list(iter(rows)) == expected and clock[0] == 1 + 2 + 4
+    faults[:] = [True] * 99
+    with pytest.raises(InputError, match="the Hub cannot be reached; connect to the network, .* --resume"):
+        collections.deque(iter(rows), 0)
+    assert clock[0] <= 7 + 600 and len(faults) == 99 - 15

@@ -159,7 +159,7 @@ def test_weights_say_how_often_rows_come_and_spread_them_evenly(files, asked):
         mixed = f"{a}={weights[0]},{b}={weights[1]}"
         rows = list(open_rows(mixed, "train", hold_out=False))
         came = collections.Counter(row["place"].rpartition(":")[0] for row in rows)
-        assert (came[str(a)], came[str(b)]) == counts and count_rows(mixed, "train", hold_out=False) == sum(counts) == len(rows)
+        assert (came[str(a)], came[str(b)]) == counts and count_rows(open_rows(mixed, "train", hold_out=False), mixed) == sum(counts) == len(rows)
         halves = collections.Counter(row["place"].rpartition(":")[0] for row in rows[:len(rows) // 2])
         assert all(abs(2 * halves[str(f)] - came[str(f)]) <= 2 for f in (a, b))
         pages = list(group_rows_into_pages(rows))

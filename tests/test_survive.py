@@ -432,9 +432,8 @@ def test_pauses_grow_are_told_and_end(monkeypatch, capsys):
     clock, told = [0.0], []
     monkeypatch.setattr(data.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(data.time, "sleep", lambda seconds: (told.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
-    backoff = data.Backoff(600)
-    while backoff.wait(ConnectionError("gone")):
-        pass
+    with pytest.raises(ConnectionError, match="gone"):
+        data.retry(lambda: fail(ConnectionError("gone")), 600)
     assert told == [1, 2, 4, 8, 16, 32, *[60] * 8] and clock[0] <= 600
     assert capsys.readouterr().err.count("trying again in") == len(told)
     with pytest.raises(FileNotFoundError):                              # no trouble of the network

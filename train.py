@@ -445,6 +445,8 @@ def main():
         model.save_pretrained(run.path)
     print(f"{step} steps, {run.state['questions']} questions; {skips}; "
           f"most memory of the process: {peak_gb(args.device):.2f} GB")
+    if skips.cut:
+        print(f"{skips.cut} pages since this start are the second part of a page that the edge of a block cut in two")
     print(next_steps(run.path))
 
 

@@ -207,12 +207,13 @@ class SkipLog:
     """Counts and names what is skipped; stops the run when more than 1 % of an epoch's pages cannot be used.
 
     `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands,
-    and the pages of this epoch that were read before.
+    and the pages of this epoch that were read before. `cut`: pages whose first part was in the block before.
     """
     PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
 
     def __init__(self, path=None, epoch=0, read=0):
         self.path, self.lines, self.epoch, self.read = path, read_lines(path) if path else [], epoch, read
+        self.cut = 0
 
     def add(self, page, what, count, reason):
         epoch, block, index = page.resume
@@ -228,6 +229,7 @@ class SkipLog:
         """Whether an example can be used; notes what of it is skipped."""
         page = example.page
         self.epoch, self.read = page.epoch, self.read + 1 if page.epoch == self.epoch else 1
+        self.cut += page.cut
         if page.unanswered:
             self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
         if example.error:

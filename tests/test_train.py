@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from argparse import Namespace
+from itertools import chain
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from reference import loss_of
 from safetensors.torch import load_file, save_file
 from small_data import mixed_rows, write_dataset, write_split
 
-from data import group_rows_into_pages
+from data import group_rows_into_pages, page_blocks
 from extras import evaluate
 from model import InternVL
 from model.checkpoint import TINY
@@ -104,6 +105,13 @@ def test_left_over_pages_are_a_step_of_their_own(fit, dataset):
     pages = list(group_rows_into_pages(mixed_rows(12)))
     assert len(training(run)) == 6                                      # 5 + 5 + 2 pages, twice
     assert sum(line["questions"] for line in training(run)) == 2 * sum(len(page.questions) for page in pages)
+
+
+def test_pages_cut_by_the_edge_of_a_block_are_counted_at_the_end(folder, dataset, tmp_path, capsys, monkeypatch):
+    flags = "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0, "--max-tiles", 4, "--eval-every", 0, "--epochs", 1
+    outputs = [call(train, capsys, monkeypatch, *flags, "--look-ahead", rows, "--out", tmp_path / str(rows))[1] for rows in (3, 2048)]
+    cut = sum(page.cut for page in chain.from_iterable(page_blocks(mixed_rows(12), block_rows=3)))
+    assert cut > 0 and f"{cut} pages since this start are the second part" in outputs[0] and "second part" not in outputs[1]
 
 
 def test_steps_and_epochs_end_the_run_at_the_first_one_reached(fit):

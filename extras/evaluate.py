@@ -147,11 +147,11 @@ def write_json(path, value):
 def read_questions(path):
     """The (question, images) pairs of JSON lines or a JSON list. Raises InputError that names the line or the entry."""
     try:
-        found = list(entries(path, path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     asked = []
-    for place, entry in found:
+    for place, entry in entries(path, text):
         try:
             images = images_of(entry)
             images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]

@@ -36,7 +36,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Appends pieces to a prompt, first the system turn. The text between two special tokens is tokenized as one string."""
+    """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
     def __init__(self, tokenizer, tokens_per_tile, system=SYSTEM):
         self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
@@ -54,7 +54,7 @@ class PromptBuilder:
     def question(self, text, images):
         """A user's turn up to its end; each "<image>" becomes the next of `images`, an iterator over tile counts."""
         tiles = list(itertools.islice(images, text.count(PLACEHOLDER)))
-        first, *parts = text.split(PLACEHOLDER, len(tiles))             # more placeholders than images: the rest is text
+        first, *parts = text.split(PLACEHOLDER, len(tiles))             # further placeholders are plain text
         self.special(START)
         self.text(f"user\n{first}")
         for count, part in zip(tiles, parts):
@@ -116,24 +116,17 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     return prompt, too_long
 
 
-def write_conversation(tokenizer, tokens_per_tile, tiles, turns, images=None):
+def write_conversation(tokenizer, tokens_per_tile, turns):
     """Write one conversation -> Prompt of branch 0 alone.
 
-    `tiles`: number of tiles of each image. `turns`: (question, answer) pairs; the model writes a last answer that is
-    None. Each image replaces the next "<image>" in the questions; without any, the images come first, one per line.
-    `images`: the number of images of each turn, which replace its own placeholders only. Raises InputError for fewer
-    placeholders than images.
+    `turns`: (question, answer, number of tiles of each of its images); each image replaces the next "<image>" in the
+    question; the model writes a last answer that is None. Raises InputError for fewer "<image>" than images.
     """
-    placeholders = [question.count(PLACEHOLDER) for question, _ in turns]
-    if images is None and tiles and not any(placeholders):
-        turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
-    else:
-        for found, wanted in zip(placeholders, images) if images else [(sum(placeholders), len(tiles))]:
-            if found < wanted:
-                raise InputError(f"{wanted} images, but {found} {PLACEHOLDER} in the question: "
-                                 "write one for each image, or none")
-    builder, remaining = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
-    for i, (question, answer) in enumerate(turns):
-        builder.question(question, itertools.islice(remaining, images[i]) if images else remaining)
+    builder = PromptBuilder(tokenizer, tokens_per_tile)
+    for question, answer, tiles in turns:
+        if question.count(PLACEHOLDER) < len(tiles):
+            raise InputError(f"{len(tiles)} images, but {question.count(PLACEHOLDER)} {PLACEHOLDER} in the question: "
+                             "write one for each image, or none")
+        builder.question(question, iter(tiles))
         builder.reply(answer)
     return builder.prompt

@@ -28,7 +28,6 @@ def parse_arguments():
     add_mode_flags(parser.add_argument_group("other ways to ask (choose one)"))
     add_file_flags(parser.add_argument_group("many questions"))
     add_answer_flags(parser.add_argument_group("the answer"))
-    add_picture_flags(parser.add_argument_group("what the model sees"))
     add_machine_flags(parser.add_argument_group("machine"))
     arguments, more = parser.parse_known_args()
     if arguments.tiny:
@@ -87,9 +86,6 @@ def add_answer_flags(group):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
                            help=f"{text} (%(default)s)")
     group.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
-
-
-def add_picture_flags(group):
     group.add_argument("--show", metavar="FILE.png", help="draw the first image as it is cut into tiles")
     group.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens look on the images")
 
@@ -205,16 +201,6 @@ def explain(arguments):
     print(likeliest)
 
 
-def browse(arguments):
-    from extras.web import serve
-    serve(load_model(arguments), arguments.port, settings(arguments))
-
-
-def converse(arguments):
-    from extras.chat_cli import ChatShell
-    ChatShell(open_chat(arguments), arguments.allow_private, arguments.json).run()
-
-
 def main():
     arguments = parse_arguments()
     if arguments.questions or arguments.folder:
@@ -224,9 +210,11 @@ def main():
     elif arguments.explain:
         explain(arguments)
     elif arguments.web:
-        browse(arguments)
+        from extras.web import serve
+        serve(load_model(arguments), arguments.port, settings(arguments))
     elif arguments.question is None:
-        converse(arguments)
+        from extras.chat_cli import ChatShell
+        ChatShell(open_chat(arguments), arguments.allow_private, arguments.json).run()
     else:
         answer(arguments)
 

@@ -100,7 +100,7 @@ def show(arguments, dataset):
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
         print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
-    show_example(example, dataset.tokenizer, arguments.out or f"show-{arguments.number}.png")
+    show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
 
 
 def main():

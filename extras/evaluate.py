@@ -109,31 +109,22 @@ def timed(model, prompts, **settings):
 
 # --------------------------------------------------------------------------------------------------------------- resume
 
-class Earlier:
-    """The answers of an interrupted command, taken in the order of their questions.
+def read_earlier(path, read):
+    """The answers of an interrupted command: the dicts that `read(path)` returns. Raises InputError."""
+    try:
+        return read(path) if path else []
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be resumed ({reason}); choose another file") from error
 
-    `read(path)`: returns the dicts in the file. Raises InputError for a file that cannot be resumed.
-    """
 
-    def __init__(self, path, read):
-        self.path = path
-        try:
-            self.answers = deque(read(path) if path else ())
-        except InputError:
-            raise
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path}: cannot be resumed ({reason}); choose another file") from error
-
-    def take(self, **question):
-        """The answer to the next question, None after the last. Raises InputError if it answers another one."""
-        if self.answers and any(self.answers[0].get(key) != value for key, value in question.items()):
-            self.check_all_taken()
-        return self.answers.popleft() if self.answers else None
-
-    def check_all_taken(self):
-        if self.answers:
-            raise InputError(f"{self.path}: its answers are not to the first of these questions; choose another file")
+def check_earlier(path, earlier, asked):
+    """Raises InputError unless the dicts `earlier` hold all values of the first of the dicts `asked`."""
+    if len(earlier) > len(asked) or any(
+            line | question != line for line, question in zip(earlier, asked)):
+        raise InputError(f"{path}: its answers are not to the first of these questions; choose another file")
 
 
 def read_lines(path):
@@ -156,11 +147,11 @@ def write_json(path, value):
 def read_questions(path):
     """The (question, images) pairs of JSON lines or a JSON list. Raises InputError that names the line or the entry."""
     try:
-        found = list(entries(path, path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     asked = []
-    for place, entry in found:
+    for place, entry in entries(path, text):
         try:
             images = images_of(entry)
             images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]
@@ -237,10 +228,9 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
     `settings`: as of `generate`. A question that cannot be answered gets {"question", "error"}.
     Raises InputError for a file that answers other questions.
     """
-    earlier = Earlier(path, read_lines)
-    waiting = deque(number for number, (question, images) in enumerate(asked)
-                    if earlier.take(question=question, images=images) is None)
-    earlier.check_all_taken()
+    earlier = read_earlier(path, read_lines)
+    check_earlier(path, earlier, [{"question": question, "images": images} for question, images in asked])
+    waiting = deque(range(len(earlier), len(asked)))
     pages = question_pages((number, *asked[number]) for number in waiting)
     examples, written = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private)), {}
     with path.open("a", encoding="utf-8") if path else contextlib.nullcontext() as file:
@@ -266,18 +256,21 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     scores_path = path and path.with_suffix(".scores.json")
-    earlier, lines = Earlier(path, lambda path: read_predictions(path, scores_path, settings)), []
-    if not earlier.answers:
+    earlier, lines = read_earlier(path, lambda path: read_predictions(path, scores_path, settings)), []
+    if not earlier:
         write_json(scores_path, {"settings": settings})
 
     def unanswered():
         """Yield the pages with questions that have no answer yet; add the answers to the others to `lines`."""
+        left = earlier
         for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
-            predictions = [earlier.take(questionId=name) for name in page.ids]
-            if None in predictions:                                     # a page is answered as a whole
+            found, left = left[:len(page.ids)], left[len(page.ids):]
+            check_earlier(path, found, [{"questionId": name} for name in page.ids])
+            if len(found) < len(page.ids):                              # a page is answered as a whole
                 yield page
             else:
-                lines.extend(scored_line(page, i, line["answer"]) for i, line in enumerate(predictions))
+                lines.extend(scored_line(page, i, line["answer"]) for i, line in enumerate(found))
+        check_earlier(path, left, [])
 
     examples = make_examples(model, unanswered(), PageDataset(model, settings["max_tiles"], None, allow_private))
     with tqdm(unit=" questions", file=sys.stderr) as bar:
@@ -286,7 +279,6 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
             if one.index + 1 == len(one.page.questions):
                 write_json(path, [{key: line[key] for key in PREDICTION} for line in lines])
                 bar.update(len(lines) - bar.n)
-    earlier.check_all_taken()
     table = score_table(lines)
     write_json(scores_path, {"settings": settings, "scores": table})
     return lines, table

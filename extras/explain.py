@@ -50,7 +50,7 @@ def explain(model, image, question, max_tiles=12, max_new_tokens=64):
     run = follow(model, image, question, max_tiles, max_new_tokens)
     answer = run.chat.turns[0].answer
     values = {"question": html.escape(question), "answer": html.escape(answer)}
-    values |= page_values(run, max_tiles) | answer_values(run) | shapes(run)
+    values |= page_values(run, max_tiles) | answer_values(run)
     values |= {f"{name}_picture": embedded(picture) for name, picture in pictures(run).items()}
     values = {name: f"{value:,}" if isinstance(value, int) else value for name, value in values.items()}
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -90,12 +90,10 @@ def ruled(image, columns, rows):
     scale = max(1, 420 // min(image.size))
     image = image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, thick = ImageDraw.Draw(image), max(1, image.width // 500) if columns < 16 else 1
-    for i in range(1, columns):
-        x = i * image.width // columns
-        pen.line((x, 0, x, image.height), fill=palette.WRONG, width=thick)
-    for i in range(1, rows):
-        y = i * image.height // rows
-        pen.line((0, y, image.width, y), fill=palette.WRONG, width=thick)
+    lines = [(x, 0, x, image.height) for x in (i * image.width // columns for i in range(1, columns))]
+    lines += [(0, y, image.width, y) for y in (i * image.height // rows for i in range(1, rows))]
+    for line in lines:
+        pen.line(line, fill=palette.WRONG, width=thick)
     return image
 
 
@@ -148,10 +146,14 @@ def written(run, token, most=12):
 # --------------------------------------------------------------------------------------------- values of explain.html
 
 def page_values(run, max_tiles):
-    """{name: number or text} about the page, its tiles and image tokens, and the model."""
+    """{name: number or text} about the page, its tiles and image tokens, and the model; the shapes of all tensors."""
     model, picture = run.chat.model, run.picture
     config, n, (columns, rows), (width, height) = model.config, len(picture.tiles), picture.grid, picture.image.size
     size, side, tokens = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile
+    seen, width_out, a = config.vision.width, config.language.width, len(run.in_loss)
+    shapes = {"tiles": (n, 3, size, size), "patches": (n, side ** 2, seen), "image_tokens": (n, tokens, width_out),
+              "joined": (n, tokens, seen * config.shuffle ** 2), "row": (len(run.prompt.ids), width_out),
+              "last": (a, width_out), "logits": (a, config.language.vocabulary)}
     thumbnail = "; the last one is the whole page, scaled down: the <i>thumbnail</i>" if n > columns * rows else ""
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).split(".")[-1],
@@ -160,9 +162,9 @@ def page_values(run, max_tiles):
         "grid_ratio": f"{columns / rows:.3f}", "resized": f"{columns * size} x {rows * size}",
         "tiles": count(n, "tile"), "thumbnail": thumbnail, "tile": run.tile + 1, "patches": side ** 2,
         "all_patches": n * side ** 2, "side": side, "patch": config.vision.patch_pixels,
-        "vision_width": config.vision.width, "shuffle": config.shuffle, "image_tokens": tokens,
-        "all_image_tokens": n * tokens, "token_side": side // config.shuffle, "width": config.language.width,
-        "image_token": html.escape(IMAGE_TOKEN)}
+        "vision_width": seen, "shuffle": config.shuffle, "image_tokens": tokens, "all_image_tokens": n * tokens,
+        "token_side": side // config.shuffle, "width": width_out, "image_token": html.escape(IMAGE_TOKEN),
+        **{f"{name}_shape": str(shape) for name, shape in shapes.items()}}
 
 
 def answer_values(run):
@@ -180,16 +182,6 @@ def answer_values(run):
         "layers": language.layers, "vocabulary": language.vocabulary, "likeliest": LIKELIEST, "undrawn": undrawn,
         "looked": percent(run.looked.sum().item()),
         "shares": ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))}
-
-
-def shapes(run):
-    """{name: the shape of a tensor}, from pixels to logits."""
-    config, n, a = run.chat.model.config, len(run.picture.tiles), len(run.in_loss)
-    size, tokens, width = config.vision.tile_pixels, config.tokens_per_tile, config.language.width
-    sizes = {"tiles": (n, 3, size, size), "patches": (n, config.vision.grid ** 2, config.vision.width),
-             "joined": (n, tokens, config.vision.width * config.shuffle ** 2), "image_tokens": (n, tokens, width),
-             "row": (len(run.prompt.ids), width), "last": (a, width), "logits": (a, config.language.vocabulary)}
-    return {f"{name}_shape": str(size) for name, size in sizes.items()}
 
 
 def count(number, thing):

@@ -11,6 +11,7 @@ import os
 import shutil
 from operator import attrgetter
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
 from huggingface_hub import HfApi, ModelCardData
@@ -18,14 +19,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
 from extras.run_folder import METRICS, read_lines
-from model import InputError, InternVL, checkpoint, lora
+from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
 from model.names import split
-from model.prompt import END, IMAGE_TOKEN, START, SYSTEM
 from model.tokenizer import TOKENIZER_FILES, special_id
 
 CARD_FILE = "README.md"
-LAYOUT = Path(__file__).with_name("transformers_layout.json")
+LAYOUT, CHAT_TEMPLATE = (Path(__file__).with_name(name) for name in ("transformers_layout.json", "chat_template.jinja"))
 CARD = (                                # settings in a model card
     "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
@@ -55,27 +55,24 @@ def export(source, target, layout, repository=None):
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error
     print(f"wrote {folder}")
     if repository:
-        upload(folder, repository)
+        try:
+            HfApi().create_repo(repository, exist_ok=True)
+            print("uploaded", HfApi().upload_folder(repo_id=repository, folder_path=folder))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', "
+                             f"or upload {folder} yourself") from error
 
 
 def save_adapter(run, path, folder):
-    """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged."""
-    settings = checkpoint.read_settings(run)
-    if path is None:
-        raise InputError(f"{run}: a run without a checkpoint yet")
-    trained, _, _, scale = checkpoint.read_checkpoint(path)
-    tensors, config = adapter_files(trained, scale, settings["model"], settings.get("lora_dropout", 0.0))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
-
-
-def adapter_files(trained, scale, base, dropout):
-    """A run's trained tensors, {official name: tensor}, in PEFT's layout -> (tensors, value of adapter_config.json).
+    """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged.
 
     A projector that is trained as a whole becomes a module to save. Raises InputError for a run without adapters, or
     with other weights that are trained as a whole.
     """
+    settings = checkpoint.read_settings(run)
+    if path is None:
+        raise InputError(f"{run}: a run without a checkpoint yet")
+    trained, _, _, scale = checkpoint.read_checkpoint(path)
     ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
     whole = [name for name in trained if ".lora_" not in name]
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
@@ -83,11 +80,14 @@ def adapter_files(trained, scale, base, dropout):
         raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
                          f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
                          "write it with --format official")
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "lora_alpha": scale * ranks[0],
-              "lora_dropout": dropout, "bias": "none",
+    config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": ranks[0], "bias": "none",
+              "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
-    return {lora.PREFIX + name: tensor for name, tensor in trained.items()}, config
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    tensors = {lora.PREFIX + name: tensor for name, tensor in trained.items()}
+    write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
 def save_transformers(model, folder):
@@ -102,26 +102,17 @@ def save_transformers(model, folder):
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
-def upload(folder, repository):
-    try:
-        HfApi().create_repo(repository, exist_ok=True)
-        print("uploaded", HfApi().upload_folder(repo_id=repository, folder_path=folder))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', "
-                         f"or upload {folder} yourself") from error
-
-
 # --------------------------------------------------------------------------------------------------------- transformers
 
 def transformers_files(model):
     """{file name: JSON value or text} of all files of transformers' layout but the weights and the vocabulary.
 
-    A "$name" in transformers_layout.json stands for that attribute of `values`.
+    A "$name" in transformers_layout.json stands for that attribute of `values`, in chat_template.jinja of prompt.py.
     """
     config, tokenizer = model.config, model.tokenizer
     values = SimpleNamespace(
-        config=config, tokenizer=tokenizer, image_token_id=special_id(tokenizer, IMAGE_TOKEN),
-        end_token_id=special_id(tokenizer, END), downsample_ratio=1 / config.shuffle,
+        config=config, tokenizer=tokenizer, image_token_id=special_id(tokenizer, prompt.IMAGE_TOKEN),
+        end_token_id=special_id(tokenizer, prompt.END), downsample_ratio=1 / config.shuffle,
         image_size=[config.vision.tile_pixels] * 2, patch_size=[config.vision.patch_pixels] * 2)
 
     def fill(part):
@@ -132,17 +123,8 @@ def transformers_files(model):
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)
     files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
-    return files | {"chat_template.jinja": CHAT_TEMPLATE}
-
-
-# The prompt of prompt.py as a template: no line break between turns, each image on a line of its own.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}" + f"{START}system\n{SYSTEM}{END}" + "{% endif %}"
-    "{% for message in messages %}" + START + "{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "{{ '\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}" + END + "{% endfor %}"
-    "{% if add_generation_prompt %}" + START + "assistant{{ '\n' }}{% endif %}")
+    template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
+    return files | {"chat_template.jinja": template.substitute(vars(prompt))}
 
 
 # ----------------------------------------------------------------------------------------------------------- model card

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from model.errors import InputError
@@ -27,9 +27,9 @@ FORMATS = {         # the key that tells a format -> its (speaker, text) pairs, 
     "messages": lambda entry: (turns_of(entry["messages"], "role", "content"), images_of(entry)),
     "query": lambda entry: (query_turns(entry), images_of(entry)),                      # older ms-swift
     "food_meta": lambda entry: (food_turns(entry), entry["food_meta"]["food_file"]),    # FoodieQA
-    "question": lambda entry: (question_turns(entry), images_of(entry)),
+    "question": lambda entry: (
+        [("user", entry["question"]), ("assistant", accepted_answers(entry)[0])], images_of(entry)),
 }
-TILES = (None, *range(1, 129))          # right values of max_dynamic_patch
 IMAGES_LAST = ("messages", "query")     # ms-swift puts images without a place before the last question, not the first
 
 
@@ -54,19 +54,15 @@ def turns_of(turns, speaker, text):
 
 
 def query_turns(entry):
-    system = [("system", entry["system"])] if entry.get("system") else []
     history = turns_of(entry["history"], None, None) if entry.get("history") else []
-    return [*system, *history, ("user", entry["query"]), ("assistant", entry.get("response"))]
+    turns = [*history, ("user", entry["query"]), ("assistant", entry.get("response"))]
+    return [("system", entry["system"]), *turns] if entry.get("system") else turns
 
 
 def food_turns(entry):
     """The right choice and the dish are the answer, as in FoodieQA's conversion for LLaVA."""
     choice = entry["choices"][int(entry["answer"])]
     return [("user", entry["question"]), ("assistant", f"{choice}，图中的菜是{entry['food_name']}")]
-
-
-def question_turns(entry):
-    return [("user", entry["question"]), ("assistant", accepted_answers(entry)[0])]
 
 
 def accepted_answers(entry):
@@ -121,27 +117,23 @@ def read_entry(entry):
 
 def question_answer_pairs(turns):
     """(speaker, text) pairs -> the system turn's text or None, and (question, answer) pairs. Raises InputError."""
+    texts, has_system = [text for _, text in turns], SPEAKERS.get(str(turns[0][0])) == "system"
     for number, (speaker, text) in enumerate(turns, 1):
-        if SPEAKERS.get(str(speaker)) is None:
+        role, is_answer = SPEAKERS.get(str(speaker)), (number - has_system) % 2 == 0
+        if role is None:
             raise InputError(f"turn {number} is from {shown(speaker)}; expected one of {', '.join(SPEAKERS)}")
         if not isinstance(text, str):
             raise InputError(f"turn {number} is {shown(text)}; expected text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"turn {number} is not UTF-8 at its character {error.start + 1}") from error
-    system = None
-    if SPEAKERS[turns[0][0]] == "system":
-        (_, system), *turns = turns
-    for number, (speaker, text) in enumerate(turns):
-        if SPEAKERS[speaker] != ("user", "assistant")[number % 2]:
-            raise InputError(f"{speaker} speaks where {('a question', 'an answer')[number % 2]} is expected; "
+        if bad := re.search("[\ud800-\udfff]", text):           # half a character, or a byte that is none
+            raise InputError(f"turn {number} is not UTF-8 at its character {bad.start() + 1}")
+        if number > has_system and role != ("assistant" if is_answer else "user"):
+            raise InputError(f"{speaker} speaks where {'an answer' if is_answer else 'a question'} is expected; "
                              "questions and answers take turns")
-        if not text.strip():
-            raise InputError("an empty answer: nothing could be learned from it" if number % 2 else "an empty question")
-    if not turns or len(turns) % 2:
+        if number > has_system and not text.strip():
+            raise InputError("an empty answer: nothing could be learned from it" if is_answer else "an empty question")
+    system = texts.pop(0) if has_system else None
+    if not texts or len(texts) % 2:
         raise InputError("the last turn is no answer; expected questions and answers to take turns")
-    texts = [text for _, text in turns]
     return system, list(zip(texts[::2], texts[1::2]))
 
 
@@ -213,8 +205,9 @@ def read_file(path):
 def read_parts(path, changed, root=None, **more):
     """`changed`: the file's time, for the cache. `root`: folder of the images. `more`: settings of every row."""
     found = list(entries(path, Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")))
-    if len(found) == 1 and is_mixture(found[0][1]):
-        return read_mixture(path, found[0][1])
+    whole = found[0][1] if len(found) == 1 else None
+    if isinstance(whole, dict) and any(isinstance(part, dict) and "annotation" in part for part in whole.values()):
+        return read_mixture(path, whole)
     part = Part(entries=len(found))
     for place, value in found:
         try:
@@ -253,8 +246,13 @@ def read_json(path, text, line=1):
 
 # ------------------------------------------------------------------------------------------------------------- mixtures
 
-def is_mixture(value):
-    return isinstance(value, dict) and any(isinstance(part, dict) and "annotation" in part for part in value.values())
+SOURCE = {          # keys of a mixture's source -> the value of one that is left out, what is right, and its name
+    "annotation": (None, lambda value: isinstance(value, str), "a file"),
+    "root": ("", lambda value: isinstance(value, str), "a folder"),
+    "repeat_time": (1, lambda value: type(value) in (int, float) and 0 < value < 1e6, "a number above 0"),
+    "max_dynamic_patch": (None, lambda value: value is None or type(value) is int and 0 < value <= 128, "1 to 128"),
+    "data_augment": (False, lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def read_mixture(path, sources):
@@ -262,39 +260,31 @@ def read_mixture(path, sources):
     parts = []
     for name, source in sources.items():
         try:
-            part = read_source(path, source)
-            length = source.get("length", part.entries)
-            if length != part.entries:
-                reason = f"length is {shown(length)}, but {source['annotation']} has {part.entries} rows"
-                part.remarks.append((f"{path}: {name}", reason))
+            parts.append(read_source(f"{path}: {name}", source, Path(path).parent))
         except InputError as error:
-            part = Part(problems=[(f"{path}: {name}", str(error))])
-        parts.append(part)
+            parts.append(Part(problems=[(f"{path}: {name}", str(error))]))
     return parts
 
 
-def read_source(path, source):
-    """One source of the mixture file `path` -> its part. Raises InputError."""
+def read_source(place, source, folder):
+    """One source of a mixture file in `folder` -> its part. Raises InputError."""
     if not isinstance(source, dict):
         raise InputError(f"{shown(source)}; expected an object with root, annotation, repeat_time")
-
-    def setting(key, default, types, expected, right=lambda value: True):
-        value = source.get(key, default)
-        if type(value) not in types or not right(value):
-            raise InputError(f"{key} is {shown(value)}; expected {expected}")
-        return value
-    annotation = locate(setting("annotation", None, (str,), "a file"), Path(path).parent)
-    root = setting("root", "", (str,), "a folder")
-    weight = setting("repeat_time", 1, (int, float), "a number above 0", lambda value: 0 < value < 1e6)
-    max_tiles = setting("max_dynamic_patch", None, (int, type(None)), "1 to 128", lambda value: value in TILES)
-    augment = setting("data_augment", False, (bool,), "true or false")
+    source = {key: default for key, (default, _, _) in SOURCE.items()} | source
+    for key, (_, right, expected) in SOURCE.items():
+        if not right(source[key]):
+            raise InputError(f"{key} is {shown(source[key])}; expected {expected}")
+    annotation = locate(source["annotation"], folder)
     if not Path(annotation).is_file():
         raise InputError(f"annotation {annotation}: no such file")
-    parts = read_parts(annotation, os.stat(annotation).st_mtime_ns, root and locate(root, Path(path).parent),
-                       max_tiles=max_tiles, augment=augment)
-    if len(parts) != 1:
+    root = source["root"] and locate(source["root"], folder)
+    part, *others = read_parts(annotation, os.stat(annotation).st_mtime_ns, root,
+                               max_tiles=source["max_dynamic_patch"], augment=source["data_augment"])
+    if others:
         raise InputError(f"annotation {annotation} is a mixture file itself; expected rows")
-    return Part(parts[0].rows, list(parts[0].problems), weight, parts[0].entries)
+    length, found = source.get("length", part.entries), part.entries
+    remarks = [(place, f"length is {shown(length)}, but {source['annotation']} has {found} rows")] * (length != found)
+    return replace(part, problems=list(part.problems), weight=source["repeat_time"], remarks=remarks)
 
 
 def locate(name, folder):

@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
 from model.errors import InputError
-from model.images import image_size
+from model.images import load_image
 from model.language import apply_rotary, page_mask, rotary_cos_sin
 from model.prompt import IMAGE_TOKEN
 from model.tiling import choose_grid
@@ -80,27 +80,20 @@ def as_image(tile):
     return Image.fromarray(np.asarray(rearrange(tile, "rgb h w -> h w rgb")))
 
 
-def grid_of(source, count, tile_pixels):
-    """The (columns, rows) of an image that was cut into `count` tiles; one row if no local file tells its size."""
-    size = image_size(source)
-    grids = [choose_grid(*size, most, tile_pixels) for most in range(1, 129)] if size else []
-    return next((grid for thumbnail in (1, 0) for grid in grids
-                 if grid[0] * grid[1] + (thumbnail if grid != (1, 1) else 0) == count), (count, 1))
-
-
 # ------------------------------------------------------------------------------------------------------------- examples
 
-def show_example(example, tokenizer, file):
-    """Print the tokens of an example (data.py), branch by branch; save the picture of its tiles as `file`.
+def show_example(example, dataset, file):
+    """Print the tokens of an example of a PageDataset, branch by branch; save the picture of its tiles as `file`.
 
     Tokens in the loss stand in [], on a terminal also in green.
     """
-    page, prompt = example.page, example.prompt
+    page, prompt, tokenizer, most = example.page, example.prompt, dataset.tokenizer, dataset.tiles_of_each(example.page)
     image_tokens = prompt.ids.count(special_id(tokenizer, IMAGE_TOKEN))
     print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
     if len(example.tiles):
-        pictures = [SimpleNamespace(tiles=tiles, grid=grid_of(image, len(tiles), tiles.shape[-1]))
-                    for image, tiles in zip(page.images, example.tiles.split(example.tile_counts))]
+        sizes = [load_image(image, dataset.allow_private).size for image in page.images]
+        pictures = [SimpleNamespace(tiles=tiles, grid=choose_grid(*size, most, tiles.shape[-1]))
+                    for size, tiles in zip(sizes, example.tiles.split(example.tile_counts))]
         save_picture(draw_tiles(pictures, image_tokens // len(example.tiles)), file)
         print(f"tiles: {file}")
     for branch in range(max(prompt.branches) + 1):
@@ -153,7 +146,9 @@ def draw_attention(chat):
         cells = weights[start:start + columns * rows * per_tile]
         start += len(picture.tiles) * per_tile
         heat = rearrange(cells, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=int(per_tile ** 0.5)).numpy()
-        maps.append(over(picture.image, heat / max(heat.max(), 1e-12)))
+        mask = Image.fromarray(np.uint8((heat / max(heat.max(), 1e-12)) ** 0.5 * 200))          # red where it is hot
+        page, red = picture.image.convert("RGB"), Image.new("RGB", picture.image.size, (255, 40, 0))
+        maps.append(Image.composite(red, page, mask.resize(page.size, Image.Resampling.BICUBIC)))
     return stack(maps)
 
 
@@ -184,10 +179,3 @@ def attention(chat):
         x = block(x, cos, sin, [page])
     cache.branches = page.key_branches
     return total[places].cpu() / len(language.blocks)
-
-
-def over(image, heat):
-    """A page under a heat map (rows, columns) from 0 to 1: red where it is hot."""
-    image = image.convert("RGB")
-    mask = Image.fromarray(np.uint8(heat ** 0.5 * 200)).resize(image.size, Image.Resampling.BICUBIC)
-    return Image.composite(Image.new("RGB", image.size, (255, 40, 0)), image, mask)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageSequence
 
 from model.errors import InputError
-from model.images import load_image, read_image
+from model.images import load_image
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")
 PDF_DPI, PDF_PAGES = 200, 40                    # resolution, as of the scans in DocumentVQA; most pages of one PDF
@@ -19,7 +19,7 @@ PDF_DPI, PDF_PAGES = 200, 40                    # resolution, as of the scans in
 def load_images(source, allow_private=False):
     """Read a path, an http(s) address, "-" (standard input) or a PDF -> list of Pillow images. Raises InputError."""
     if source == "-":
-        return [read_image(sys.stdin.buffer.read(), "standard input")]
+        return [load_image(sys.stdin.buffer.read(), name="standard input")]
     if "://" not in source and re.search(r"\.pdf(#\d+)?$", source, re.IGNORECASE):
         return read_pdf(source)
     return [load_image(source, allow_private)]

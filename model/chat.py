@@ -9,7 +9,6 @@ no rule of its own, nor does an answer whose text has other tokens than those th
 """
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from PIL import Image
 
 from model.errors import InputError
 from model.generate import generate
-from model.images import read_image
+from model.images import load_image
 from model.language import KVCache
 from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, tile_page
@@ -64,7 +63,7 @@ class Chat:
         return [picture for turn in self.turns for picture in turn.pictures] + self.waiting
 
     def add_image(self, image):
-        """Show an image with the next question. `image`: Pillow image, path, or bytes of a file. Raises InputError."""
+        """Show an image with the next question. `image`: as `load_image` takes it. Raises InputError."""
         self.waiting.append(self.picture(image, len(self.pictures) + 1))
 
     def add_video(self, frames):
@@ -73,10 +72,8 @@ class Chat:
 
     def picture(self, image, number):
         """The Picture of an image, number `number` of the conversation."""
-        if not isinstance(image, Image.Image):
-            image = read_image(image, str(image) if isinstance(image, (str, Path)) else "it")
         # images of the first question have no label; later ones are numbered, as in the official multi-image prompt
-        return self.cut(image, self.max_tiles, f"Image-{number}: " if self.turns else "")
+        return self.cut(load_image(image), self.max_tiles, f"Image-{number}: " if self.turns else "")
 
     def cut(self, image, max_tiles, label):
         size = self.model.config.vision.tile_pixels
@@ -102,7 +99,7 @@ class Chat:
         empty question, and for more tokens than the model has positions.
         """
         settings = self.settings | settings
-        turn, pictures, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
+        turn, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
         most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
         same = next((i for i in range(most) if self.held[i] != keys[i]), most)
         self.held, self.read = keys[:same], len(keys) - same
@@ -130,34 +127,31 @@ class Chat:
                 turn.answer, self.waiting = decode(self.model, tokens), []
                 self.turns.append(turn)
                 speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else None
-                self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in pictures],
+                self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in self.pictures],
                                        len(prompt.ids), first - started, speed)
 
     def prepare(self, question, images, max_new_tokens):
-        """Write a question into the conversation -> (its turn, all pictures, prompt, keys as in `write`)."""
+        """Write a question into the conversation -> (its turn, prompt, keys as in `write`)."""
         if not question.strip():
             raise InputError("the question is empty; write what you want to know")
-        pictures = self.pictures
-        for image in images:
-            pictures.append(self.picture(image, len(pictures) + 1))
-        turn = Turn(question, None, pictures[len(self.pictures) - len(self.waiting):])
+        shown = [self.picture(image, i) for i, image in enumerate(images, len(self.pictures) + 1)]
+        turn = Turn(question, None, self.waiting + shown)
         if PLACEHOLDER not in question:
             turn.question = "".join(f"{picture.label}{PLACEHOLDER}\n" for picture in turn.pictures) + question
-        prompt, keys = self.write([*self.turns, turn], pictures)
+        prompt, keys = self.write([*self.turns, turn])
         most = self.model.config.language.max_positions
         if len(prompt.ids) + max_new_tokens > most:
             raise InputError(f"{len(prompt.ids)} tokens of prompt and {max_new_tokens} of answer exceed the model's "
                              f"{most}; ask with fewer tiles, images or words, or for a shorter answer")
-        return turn, pictures, prompt, keys
+        return turn, prompt, keys
 
-    def write(self, turns, pictures):
+    def write(self, turns):
         """The prompt, and a key for each of its tokens: the id, or the picture that an image token belongs to."""
         tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
-        prompt = write_conversation(tokenizer, size, [len(picture.tiles) for picture in pictures],
-                                    [(turn.question, turn.answer) for turn in turns],
-                                    [len(turn.pictures) for turn in turns])
+        prompt = write_conversation(tokenizer, size, [
+            (turn.question, turn.answer, [len(picture.tiles) for picture in turn.pictures]) for turn in turns])
         image_id = special_id(tokenizer, IMAGE_TOKEN)
-        shown = iter([picture for picture in pictures for _ in range(len(picture.tiles) * size)])
+        shown = (picture for turn in turns for picture in turn.pictures for _ in range(len(picture.tiles) * size))
         return prompt, [next(shown) if token == image_id else token for token in prompt.ids]
 
     @torch.inference_mode()

@@ -23,27 +23,19 @@ ORIENTATION, SIDEWAYS = 0x112, (5, 6, 7, 8)     # an EXIF tag, and its values th
 FETCH_SECONDS, FETCH_BYTES, FETCH_REDIRECTS = 20, 50_000_000, 10                        # limits for one address
 
 
-def load_image(source, allow_private=False):
+def load_image(source, allow_private=False, name=None):
     """Read an image -> Pillow image of mode 1, L or RGB.
 
     `source`: path, http(s) address, a file's bytes (or what `bytes()` turns into them), or an image, returned as it is.
-    `allow_private`: fetch from private networks too. Raises InputError.
+    `allow_private`: fetch from private networks too. `name`: of the source in errors. The result is what a viewer
+    shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to 8, the first frame. Raises
+    InputError, also for 32 bits per channel and for more than 89 million pixels.
     """
     if isinstance(source, Image.Image):
         return source
+    name = name or (source if isinstance(source, (str, Path)) else "it")
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return read_image(fetch(source, allow_private), source)
-    return read_image(source, source if isinstance(source, str) else "it")
-
-
-# ------------------------------------------------------------------------------------------------------------- decoding
-
-def read_image(source, name="it"):
-    """Decode a file (a path, its bytes, or what `bytes()` turns into them) -> Pillow image of mode 1, L or RGB.
-
-    The result is what a viewer shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to
-    8, the first frame. Raises InputError, also for 32 bits per channel and for more than 89 million pixels.
-    """
+        source = fetch(source, allow_private)
     try:
         if not isinstance(source, (str, Path)):
             source = io.BytesIO(bytes(source))
@@ -92,7 +84,7 @@ def compressed(image, quality):
     """The image after JPEG compression of this quality, 1 to 100: the official code's augmentation."""
     file = io.BytesIO()
     image.convert("L" if image.mode in ("1", "L") else "RGB").save(file, "JPEG", quality=quality)
-    return read_image(file.getvalue())
+    return load_image(file.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------ addresses

@@ -93,25 +93,16 @@ def lay_over(model, trained, scale, source):
     for name, tensor in whole.items():
         if name not in weights or tensor.shape != weights[name].shape or not tensor.is_floating_point():
             raise InputError(f"{source}: {name} {tuple(tensor.shape)} {tensor.dtype} is not of this model")
-    merging = match_adapters(weights, {name: trained[name] for name in trained.keys() - whole.keys()}, source)
+    merging = []                                                        # weight (out, in), A (rank, in), B (out, rank)
+    for layer in sorted({name.rpartition(".lora_")[0] for name in trained.keys() - whole.keys()}):
+        weight, a, b = weights.get(f"{layer}.weight"), *(trained.get(f"{layer}.lora_{side}.weight") for side in "AB")
+        if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
+            raise InputError(f"{source}: the adapter of {layer} is not of this model")
+        merging.append((weight, a, b))
     for name, tensor in whole.items():
         weights[name].copy_(tensor)
     for weight, a, b in merging:
         weight.copy_(weight.float() + scale * (b.float() @ a.float()).to(weight.device))
-
-
-def match_adapters(weights, adapted, source):
-    """Find the weight of each adapter -> [(weight (out, in), A (rank, in), B (out, rank))].
-
-    `weights`, `adapted`: {official name: tensor}. Raises InputError for a layer that is missing or has another shape.
-    """
-    matching = []
-    for layer in sorted({name.rpartition(".lora_")[0] for name in adapted}):
-        weight, a, b = weights.get(f"{layer}.weight"), *(adapted.get(f"{layer}.lora_{side}.weight") for side in "AB")
-        if weight is None or a is None or b is None or len(a) != b.shape[-1] or (len(b), a.shape[-1]) != weight.shape:
-            raise InputError(f"{source}: the adapter of {layer} is not of this model")
-        matching.append((weight, a, b))
-    return matching
 
 
 # ----------------------------------------------------------------------------------------------------------- PEFT files

@@ -36,40 +36,31 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Appends pieces to a prompt. Plain text between two special tokens is tokenized as one string."""
+    """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
-    def __init__(self, tokenizer, tokens_per_tile):
+    def __init__(self, tokenizer, tokens_per_tile, system=SYSTEM):
         self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
         self.prompt, self.branch, self.position = Prompt(), 0, 0
-        self.pending = ""                                   # plain text that is not tokenized yet
+        self.special(START)
+        self.text(f"system\n{system}")
+        self.special(END)
 
-    def text(self, text):
-        self.pending += text
+    def text(self, text, in_loss=False):
+        self.append(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):
-        self.flush()
         self.append([special_id(self.tokenizer, token)] * count, in_loss)
-
-    def image(self, tiles):
-        self.special(IMAGE_OPEN)
-        self.special(IMAGE_TOKEN, tiles * self.tokens_per_tile)
-        self.special(IMAGE_CLOSE)
-
-    def system(self, sentence=SYSTEM):
-        self.special(START)
-        self.text(f"system\n{sentence}")
-        self.special(END)
 
     def question(self, text, images):
         """A user's turn up to its end; each "<image>" becomes the next of `images`, an iterator over tile counts."""
+        tiles = list(itertools.islice(images, text.count(PLACEHOLDER)))
+        first, *parts = text.split(PLACEHOLDER, len(tiles))             # further placeholders are plain text
         self.special(START)
-        self.text("user\n")
-        for i, part in enumerate(text.split(PLACEHOLDER)):
-            tiles = next(images, None) if i else None
-            if tiles is not None:
-                self.image(tiles)
-            elif i:
-                self.text(PLACEHOLDER)                      # more placeholders than images: the rest are plain text
+        self.text(f"user\n{first}")
+        for count, part in zip(tiles, parts):
+            self.special(IMAGE_OPEN)
+            self.special(IMAGE_TOKEN, count * self.tokens_per_tile)
+            self.special(IMAGE_CLOSE)
             self.text(part)
 
     def reply(self, answer):
@@ -77,17 +68,9 @@ class PromptBuilder:
         self.special(END)
         self.special(START)
         self.text("assistant\n")
-        self.flush()
         if answer is not None:
-            self.text(answer)
-            self.flush(in_loss=True)
+            self.text(answer, in_loss=True)
             self.special(END, in_loss=True)
-
-    def flush(self, in_loss=False):
-        if self.pending:
-            ids = self.tokenizer(self.pending, add_special_tokens=False, split_special_tokens=True).input_ids
-            self.append(ids, in_loss)
-            self.pending = ""
 
     def append(self, ids, in_loss):
         self.prompt.ids += ids
@@ -109,8 +92,7 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     >>> write_page(tokenizer, 256, [7], [[("What is the date?", "January 8, 1993.")]])[0].ids[-2:]
     [13, 151645]
     """
-    builder, images = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
-    builder.system(SYSTEM if system is None else system)
+    builder, images = PromptBuilder(tokenizer, tokens_per_tile, SYSTEM if system is None else system), iter(tiles)
     for question, answer in history:
         builder.question(question, images)
         builder.reply(answer)
@@ -123,37 +105,28 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     prefix = len(prompt.ids)
     for index, turns in enumerate(branches):
         begin = len(prompt.ids)
-        builder.branch, builder.position = builder.branch + 1, prefix
+        builder.branch, builder.position = index + 1 - len(too_long), prefix
         for i, (question, answer) in enumerate(turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
         if max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in vars(prompt).values():
                 del column[begin:]
-            builder.branch -= 1
             too_long.append(index)
     return prompt, too_long
 
 
-def write_conversation(tokenizer, tokens_per_tile, tiles, turns, images=None):
+def write_conversation(tokenizer, tokens_per_tile, turns):
     """Write one conversation -> Prompt of branch 0 alone.
 
-    `tiles`: number of tiles of each image. `turns`: (question, answer) pairs; the model writes a last answer that is
-    None. Each image replaces the next "<image>" in the questions; without any, the images come first, one per line.
-    `images`: the number of images of each turn, which replace its own placeholders only. Raises InputError for fewer
-    placeholders than images.
+    `turns`: (question, answer, number of tiles of each of its images); each image replaces the next "<image>" in the
+    question; the model writes a last answer that is None. Raises InputError for fewer "<image>" than images.
     """
-    placeholders = [question.count(PLACEHOLDER) for question, _ in turns]
-    if images is None and tiles and not any(placeholders):
-        turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
-    else:
-        for found, wanted in zip(placeholders, images) if images else [(sum(placeholders), len(tiles))]:
-            if found < wanted:
-                raise InputError(f"{wanted} images, but {found} {PLACEHOLDER} in the question: "
-                                 "write one for each image, or none")
-    builder, remaining = PromptBuilder(tokenizer, tokens_per_tile), iter(tiles)
-    builder.system()
-    for i, (question, answer) in enumerate(turns):
-        builder.question(question, itertools.islice(remaining, images[i]) if images else remaining)
+    builder = PromptBuilder(tokenizer, tokens_per_tile)
+    for question, answer, tiles in turns:
+        if question.count(PLACEHOLDER) < len(tiles):
+            raise InputError(f"{len(tiles)} images, but {question.count(PLACEHOLDER)} {PLACEHOLDER} in the question: "
+                             "write one for each image, or none")
+        builder.question(question, iter(tiles))
         builder.reply(answer)
     return builder.prompt

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Page, PageDataset, load_examples, page_blocks, prefetch
 from model import InternVL
-from model.images import read_image
+from model.images import load_image
 from model.tiling import choose_grid
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
@@ -107,7 +107,7 @@ def main():
     print("| file | decode ms | usual ms | ours ms | ours, pages/s | times | bytes equal | MB handed on |\n|---|---|---|---|---|---|---|---|")
     for kind, data in files.items():
         page = Page("page", [data], ["What is the total amount?"] * 4, ["$41.07"] * 4)
-        seconds = {read_image: [], usual: [], examples.__getitem__: []}
+        seconds = {load_image: [], usual: [], examples.__getitem__: []}
         for _ in range(settings.passes):
             for work, times in seconds.items():
                 started = time.perf_counter()

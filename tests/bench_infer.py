@@ -21,12 +21,11 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch
 import transformers
 from PIL import Image
-from reference import page_prompt, randomise, reference_model, reference_pixels
+from reference import conversation_prompt, page_prompt, randomise, reference_model, reference_pixels
 
 from extras.int8 import to_int8
 from model import InternVL
 from model.generate import generate
-from model.prompt import write_conversation
 from model.tiling import tile_page
 
 QUESTIONS = ["What is the total amount?", "What is the date?", "Who signed it?", "What is the name of the company?"]
@@ -109,7 +108,7 @@ def main():
     page = Image.frombytes("L", (1000, 700), random.Random(0).randbytes(1000 * 700))
     tiles = torch.from_numpy(tile_page(page))
     size = model.config.tokens_per_tile
-    prompt = write_conversation(model.tokenizer, size, [len(tiles)], [(QUESTIONS[0], None)])
+    prompt = conversation_prompt(model.tokenizer, size, [len(tiles)], [(QUESTIONS[0], None)])
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
                      platform.machine())
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
@@ -140,7 +139,7 @@ def main():
         _, together = ours(model, [(tiles, page_prompt(model.tokenizer, size, [len(tiles)], asked)[0])], 16)
         seconds = 0.0
         for question in asked:
-            alone = write_conversation(model.tokenizer, size, [len(tiles)], [(question, None)])
+            alone = conversation_prompt(model.tokenizer, size, [len(tiles)], [(question, None)])
             seconds += theirs(reference, tiles, alone, 16)[1].seconds
         print(f"{len(asked)} questions about the page, 16 tokens each: {together.seconds:.1f} s, transformers one by one {seconds:.1f} s: "
               f"{seconds / together.seconds:.2f} times")

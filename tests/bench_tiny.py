@@ -32,7 +32,7 @@ from extras.score import anls, exact_match
 from extras.sources import open_rows
 from model import InternVL
 from model.generate import generate
-from model.images import read_image
+from model.images import load_image
 from model.prompt import write_page
 from model.tiling import tile_page
 from model.tiny import pages
@@ -172,7 +172,7 @@ def beyond(settings):
     print(f"| 6 tiles and a thumbnail | {right:.2f} | {close:.2f} |", flush=True)
     if settings.data:
         found = [(answer, page.accepted[i]) for page in group_rows_into_pages(open_rows(settings.data, "validation"))
-                 for i, answer in enumerate(answers(model, tile_page(read_image(page.images[0]), tile_pixels=128), page.questions))]
+                 for i, answer in enumerate(answers(model, tile_page(load_image(page.images[0]), tile_pixels=128), page.questions))]
         right, close = (sum(measure(*pair) for pair in found) / len(found) for measure in (exact_match, anls))
         print(f"| real scans ({len(found)} questions) | {right:.2f} | {close:.2f} |", flush=True)
 

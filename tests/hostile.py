@@ -25,7 +25,7 @@ from extras.memory import peak_gb  # noqa: E402
 from extras.run_folder import SkipLog  # noqa: E402
 from model import InputError, InternVL  # noqa: E402
 from model.checkpoint import TINY, load_checkpoint  # noqa: E402
-from model.images import read_image  # noqa: E402
+from model.images import load_image  # noqa: E402
 from model.prompt import write_page  # noqa: E402
 from model.tiling import tile_page  # noqa: E402
 from model.tokenizer import load_tokenizer  # noqa: E402
@@ -88,7 +88,7 @@ def images():
 
 
 def show_image(file):
-    tile_page(read_image(file), 12)
+    tile_page(load_image(file), 12)
 
 
 def rows():

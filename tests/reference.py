@@ -7,7 +7,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Inter
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model.names import official_name
-from model.prompt import IMAGE_TOKEN, write_page
+from model.prompt import IMAGE_TOKEN, PLACEHOLDER, write_conversation, write_page
 from model.tokenizer import special_id
 from train import answer_loss
 
@@ -117,3 +117,18 @@ def page_prompt(tokenizer, tokens_per_tile, tiles, questions, answers=None, max_
     """`write_page` for questions that are one branch each; no answers: all are left to the model."""
     answers = [None] * len(questions) if answers is None else answers
     return write_page(tokenizer, tokens_per_tile, tiles, [[turn] for turn in zip(questions, answers)], max_length)
+
+
+def conversation_prompt(tokenizer, tokens_per_tile, tiles, turns, images=None):
+    """`write_conversation` of (question, answer) turns whose images are listed apart, `images` of them per turn.
+
+    Without `images` they take the placeholders in order; without any placeholder they come first, one per line.
+    """
+    if images is None and not any(PLACEHOLDER in question for question, _ in turns):
+        turns = [(f"{PLACEHOLDER}\n" * len(tiles) + turns[0][0], turns[0][1]), *turns[1:]]
+    left, written = list(tiles), []
+    for i, (question, answer) in enumerate(turns):
+        count = images[i] if images else question.count(PLACEHOLDER) if i < len(turns) - 1 else len(left)
+        written.append((question, answer, left[:count]))
+        left = left[count:]
+    return write_conversation(tokenizer, tokens_per_tile, written)

@@ -4,13 +4,12 @@ import random
 import pytest
 import torch
 from PIL import Image
-from reference import reference_model
+from reference import conversation_prompt, reference_model
 from test_generate import reference_answer
 
 from model import InputError
 from model.chat import decode
 from model.generate import generate
-from model.prompt import write_conversation
 from model.tiling import tile_page
 
 
@@ -21,7 +20,7 @@ def noise(width, height, seed=0):
 def anew(model, pictures, turns, count, images=None):
     """The answer's tokens when the whole conversation is read in one piece."""
     tiles = [tile_page(picture, 12, 128) for picture in pictures]
-    prompt = write_conversation(model.tokenizer, 64, [len(t) for t in tiles], turns, images)
+    prompt = conversation_prompt(model.tokenizer, 64, [len(t) for t in tiles], turns, images)
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     return [step[0] for step in generate(model, [(stacked, prompt)], count)]
 
@@ -46,7 +45,7 @@ def test_turn_3_equals_the_reference_token_by_token(wide):
         chat.ask(question, *([] if chat.turns else [page]))
     tiles = torch.from_numpy(tile_page(page, 2))
     turns = [(turn.question, turn.answer) for turn in chat.turns]
-    prompt = write_conversation(wide.tokenizer, 256, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
+    prompt = conversation_prompt(wide.tokenizer, 256, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
     assert chat.report["tokens"] == reference_answer(reference, wide, tiles, prompt, 8)
 
 

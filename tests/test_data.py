@@ -25,7 +25,7 @@ from data import (
 )
 from extras.sources import count_rows, open_rows
 from model import InputError
-from model.images import read_image
+from model.images import load_image
 from model.tiling import tile_page
 
 
@@ -154,7 +154,7 @@ def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
     assert [e.page.name for e in examples] == [p.name for p in flat(page_blocks(mixed_rows(12), **stream))]
     for example in examples:
         assert example.tiles.dtype == torch.uint8
-        expected = tile_page(read_image(example.page.images[0]), 4, 128)
+        expected = tile_page(load_image(example.page.images[0]), 4, 128)
         assert torch.equal(example.tiles, torch.from_numpy(expected))
 
 

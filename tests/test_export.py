@@ -21,7 +21,7 @@ from model import InputError, InternVL
 from model.checkpoint import TINY
 from model.config import Config
 from model.generate import generate
-from model.images import read_image
+from model.images import load_image
 from model.names import official_name
 from model.prompt import IMAGE_TOKEN
 from model.tiling import tile_page
@@ -50,7 +50,7 @@ def export(tmp_path, capsys, monkeypatch):
 
 def asked():
     """(Pillow image, question) pairs about drawn pages."""
-    return [(read_image(page.images[0]), page.questions[0]) for page in group_rows_into_pages(mixed_rows(4))]
+    return [(load_image(page.images[0]), page.questions[0]) for page in group_rows_into_pages(mixed_rows(4))]
 
 
 def our_answers(model, count=12):

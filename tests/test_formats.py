@@ -14,15 +14,15 @@ from commands import call, data, refuses, train
 from conftest import ROOT
 from example_formats import jsonl, write_formats
 from PIL import Image
-from reference import loss_of
+from reference import conversation_prompt, loss_of
 
 from data import PageDataset, group_rows_into_pages, page_blocks
 from extras.formats import FORMATS, read_entry, read_file
 from extras.pictures import draw_tiles
 from extras.sources import count_rows, named_parts, open_rows
 from model import InputError
-from model.images import read_image
-from model.prompt import INSTRUCTION, write_conversation
+from model.images import load_image
+from model.prompt import INSTRUCTION
 from model.tiling import choose_grid, tile_page
 from model.tiny.pages import draw_page
 
@@ -97,7 +97,7 @@ def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny)
     pages = [page for i in range(3) for page in group_rows_into_pages(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
     assert contents(pages)[0] == contents(pages)[1] == contents(pages)[2]
     example = PageDataset(tiny, 4)[pages[0]]
-    whole = write_conversation(tiny.tokenizer, 64, example.tile_counts, turns)
+    whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
     skip = len(tiny.tokenizer("Be brief.").input_ids) - 1           # the model's own system sentence is one token
     assert example.prompt.ids[-60:] == whole.ids[-60:] and example.prompt.labels[-60:] == whole.labels[-60:]
     assert example.prompt.positions == list(range(len(whole.ids) + skip)) and set(example.prompt.branches) == {0, 1}
@@ -127,16 +127,16 @@ def test_images_in_the_text_stay_where_they_are(asked, tmp_path, tiny):
     assert [len(page.questions) for page in pages] == [1, 2, 2, 1, 2]                      # the third and fourth are one page
     examples, seen = [PageDataset(tiny, 12)[page] for page in pages], [0, 1, 2, 4, 5]
     for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
-        counts = [len(tile_page(read_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
+        counts = [len(tile_page(load_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
         assert example.tile_counts == counts and len(example.tiles) == sum(counts)
         if example.page is not pages[2]:
-            whole = write_conversation(tiny.tokenizer, 64, counts, turns)
+            whole = conversation_prompt(tiny.tokenizer, 64, counts, turns)
             assert (example.prompt.ids, example.prompt.labels) == (whole.ids, whole.labels)
             assert example.prompt.positions == list(range(len(whole.ids)))
     with torch.no_grad():                                       # split into prefix and branch or not: the loss is the same
         for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
             if example.page is not pages[2]:
-                whole = write_conversation(tiny.tokenizer, 64, example.tile_counts, turns)
+                whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
                 losses = [loss_of(tiny, [(example.tiles, prompt)]).item() for prompt in (example.prompt, whole)]
                 assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -181,7 +181,7 @@ def test_a_mixture_file_sets_weights_tiles_and_augmentation(files, asked, tmp_pa
     small = [example for example in examples if example.page.max_tiles == 1]
     assert small and all(len(example.tiles) == 1 for example in small) and any(len(example.tiles) == 5 for example in examples)
     augmented = [example for example in examples if example.page.augment]
-    plain = tile_page(read_image(augmented[0].page.images[0]), 4, 128)
+    plain = tile_page(load_image(augmented[0].page.images[0]), 4, 128)
     assert not (augmented[0].tiles == torch.from_numpy(plain)).all()
     assert (augmented[0].tiles.float() - torch.from_numpy(plain).float()).abs().mean() < 12     # but it is the same page
     again = PageDataset(tiny, 4)[augmented[0].page]
@@ -350,7 +350,7 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
     n = len(example.tiles)
-    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*read_image(page.images[0]).size, 12, 128))
+    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*load_image(page.images[0]).size, 12, 128))
     assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], 64).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"

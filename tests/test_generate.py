@@ -4,12 +4,11 @@ import random
 import pytest
 import torch
 from conftest import SHARED, real
-from reference import all_logits, page_prompt, reference_model, reference_pixels
+from reference import all_logits, conversation_prompt, page_prompt, reference_model, reference_pixels
 
 from model import InternVL
 from model.generate import generate, sample
-from model.images import read_image
-from model.prompt import write_conversation
+from model.images import load_image
 from model.tiling import tile_page
 from model.tiny.pages import SHAPES, draw_page
 
@@ -50,7 +49,7 @@ def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference,
     if SHARED.exists():
         from data import group_rows_into_pages
         from extras.sources import open_rows
-        images = [read_image(page.images[0]) for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(2))]
+        images = [load_image(page.images[0]) for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(2))]
     else:
         from PIL import Image
         images = [Image.effect_noise(size, 90) for size in ((619, 1475), (900, 1200))]
@@ -60,7 +59,7 @@ def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference,
     if case == "12 tiles":
         tiles = [tile_page(images[0].resize((1200, 900)), 12)]
         assert len(tiles[0]) == 13
-    prompt = write_conversation(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
+    prompt = conversation_prompt(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     assert answers(wide, [(stacked, prompt)], 16) == [reference_answer(wide_reference, wide, stacked, prompt, 16)]
 
@@ -69,7 +68,7 @@ def test_a_batch_of_8_pages_of_different_sizes_equals_the_reference(tiny):
     """Each page alone in the reference, all together here; also two images, and none."""
     sizes = [[1], [3], [5], [2, 1], [], [4], [7], [1, 1]]
     pages = [(torch.cat(tiles_of(*numbers)) if numbers else [],
-              write_conversation(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
+              conversation_prompt(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
     reference, end = reference_model(tiny), tiny.tokenizer.eos_token_id
     expected = [reference_answer(reference, tiny, tiles, prompt, 12) for tiles, prompt in pages]
     assert answers(tiny, pages, 12) == [answer[:answer.index(end) + 1] if end in answer else answer for answer in expected]
@@ -82,12 +81,12 @@ def test_branches_answered_together_equal_each_alone(tiny):
 
 def test_a_batch_of_pages_equals_each_alone(tiny):
     pages = [pages_of(tiny, ["A?", "And B?"], 1)[0], pages_of(tiny, ["What?"], 3)[0]]
-    pages.append(([], write_conversation(tiny.tokenizer, 64, [], [("No image?", None)])))
+    pages.append(([], conversation_prompt(tiny.tokenizer, 64, [], [("No image?", None)])))
     assert answers(tiny, pages, 12) == [answer for page in pages for answer in answers(tiny, [page], 12)]
 
 
 def test_cached_decoding_equals_reading_everything_again(tiny):
-    tiles, prompt = tiles_of(2)[0], write_conversation(tiny.tokenizer, 64, [2], [("What?", None)])
+    tiles, prompt = tiles_of(2)[0], conversation_prompt(tiny.tokenizer, 64, [2], [("What?", None)])
     [tokens] = answers(tiny, [(tiles, prompt)], 10)
     again = []
     with torch.no_grad():

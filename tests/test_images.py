@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from model import InputError, images
-from model.images import image_size, is_public, load_image, read_image
+from model.images import image_size, is_public, load_image
 
 
 def encoded(image, kind="PNG", **more):
@@ -25,19 +25,19 @@ def test_unreadable_images_are_refused_in_one_line(tmp_path):
     page = encoded(Image.effect_noise((300, 300), 90), "JPEG")
     for bad in (b"", b"not an image", page[:2000]):
         with pytest.raises(InputError, match="cannot read page 7 as an image"):
-            read_image(bad, "page 7")
+            load_image(bad, name="page 7")
     for path in (tmp_path / "nowhere.png", tmp_path, "x" * 5000, "nul\0.png"):
         with pytest.raises(InputError, match="cannot read page 8 as an image"):
-            read_image(path, "page 8")
+            load_image(path, name="page 8")
 
 
 def test_an_image_is_read_as_a_viewer_shows_it():
     page, exif = Image.new("L", (60, 40)), Image.Exif()
     exif[images.ORIENTATION] = 6
     rotated = encoded(page, "JPEG", exif=exif)
-    assert read_image(rotated).size == image_size(rotated) == (40, 60) and image_size(encoded(page)) == (60, 40)
-    assert read_image(encoded(Image.new("RGBA", (2, 2)))).getpixel((0, 0)) == (255, 255, 255)           # transparent: white
-    deep = read_image(encoded(Image.fromarray(np.full((2, 2), 0x80FF, np.uint16))))
+    assert load_image(rotated).size == image_size(rotated) == (40, 60) and image_size(encoded(page)) == (60, 40)
+    assert load_image(encoded(Image.new("RGBA", (2, 2)))).getpixel((0, 0)) == (255, 255, 255)           # transparent: white
+    deep = load_image(encoded(Image.fromarray(np.full((2, 2), 0x80FF, np.uint16))))
     assert (deep.mode, deep.getpixel((0, 0))) == ("L", 0x80)
     assert image_size("http://localhost/x.png") is image_size(b"text") is image_size("x" * 5000) is None
 

@@ -3,11 +3,11 @@ import random
 
 import pytest
 from conftest import real
-from reference import page_prompt
+from reference import conversation_prompt, page_prompt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model import InputError
-from model.prompt import END, IGNORE_INDEX, START, SYSTEM, write_conversation
+from model.prompt import END, IGNORE_INDEX, START, SYSTEM
 
 SYSTEM_IDS = [151644, 8948, 198, 56568, 104625, 100633, 104455, 104800, 101101, 32022, 102022, 99602, 100013, 9370, 90286,
               21287, 42140, 53772, 35243, 26288, 104949, 3837, 105205, 109641, 67916, 30698, 11, 54851, 46944, 115404, 42192,
@@ -64,7 +64,7 @@ def test_200_random_conversations_equal_the_reference_tokenizer(tokenizer, refer
                 answer = "x" + answer
                 turns[i] = question, answer
             text += f"{answer}{END}"
-        ids = write_conversation(tokenizer, 256, tiles, turns).ids
+        ids = conversation_prompt(tokenizer, 256, tiles, turns).ids
         assert ids == knows.encode(text).ids
         assert tokenizer.decode(ids) == tokenizer.decode(knows.encode(text).ids)
 
@@ -83,10 +83,10 @@ def test_special_tokens_typed_by_a_user_stay_text(tokenizer, reference):
 
 def test_image_placeholders_beyond_the_images_are_text(tokenizer, reference):
     _, plain = reference
-    prompt = write_conversation(tokenizer, 256, [1], [("<image>\nIs this an <image>?", None)])
+    prompt = conversation_prompt(tokenizer, 256, [1], [("<image>\nIs this an <image>?", None)])
     assert prompt.ids.count(151648) == 256
     assert prompt.ids[prompt.ids.index(151647) + 1:][:-4] == plain.encode("\nIs this an <image>?").ids
-    prompt = write_conversation(tokenizer, 256, [], [("What does <image> mean?", None)])
+    prompt = conversation_prompt(tokenizer, 256, [], [("What does <image> mean?", None)])
     assert prompt.ids[41:-4] == plain.encode("What does <image> mean?").ids
     prompt, _ = page_prompt(tokenizer, 256, [2], ["a <image> here"])
     assert prompt.ids.count(151648) == 512
@@ -94,13 +94,13 @@ def test_image_placeholders_beyond_the_images_are_text(tokenizer, reference):
 
 def test_images_stand_where_the_question_places_them(tokenizer, reference):
     knows, _ = reference
-    prompt = write_conversation(tokenizer, 256, [1, 2], [("Image-1: <image>\nImage-2: <image>\nWhat differs?", None)])
+    prompt = conversation_prompt(tokenizer, 256, [1, 2], [("Image-1: <image>\nImage-2: <image>\nWhat differs?", None)])
     text = "".join(f"Image-{i}: <img>{'<IMG_CONTEXT>' * 256 * i}</img>\n" for i in (1, 2))
     assert prompt.ids[38:] == knows.encode(f"{START}user\n{text}What differs?{END}{START}assistant\n").ids
-    first = write_conversation(tokenizer, 256, [1, 2], [("What differs?", None)])
-    assert first.ids == write_conversation(tokenizer, 256, [1, 2], [("<image>\n<image>\nWhat differs?", None)]).ids
+    first = conversation_prompt(tokenizer, 256, [1, 2], [("What differs?", None)])
+    assert first.ids == conversation_prompt(tokenizer, 256, [1, 2], [("<image>\n<image>\nWhat differs?", None)]).ids
     with pytest.raises(InputError, match="2 images, but 1 <image>"):
-        write_conversation(tokenizer, 256, [1, 2], [("<image> what?", None)])
+        conversation_prompt(tokenizer, 256, [1, 2], [("<image> what?", None)])
 
 
 def test_labels_cover_answer_and_end_token_only(tiny):
@@ -109,7 +109,7 @@ def test_labels_cover_answer_and_end_token_only(tiny):
     assert all(prompt.labels[i] == prompt.ids[i] for i in learned)
     assert tiny.tokenizer.decode([prompt.ids[i] for i in learned]) == f"03/11{END}$7{END}"
     turns = [("a?", "one"), ("b?", "two")]
-    prompt = write_conversation(tiny.tokenizer, 64, [1], turns)
+    prompt = conversation_prompt(tiny.tokenizer, 64, [1], turns)
     assert tiny.tokenizer.decode([label for label in prompt.labels if label >= 0]) == f"one{END}two{END}"
     assert set(prompt.branches) == {0}
 
@@ -128,7 +128,7 @@ def test_a_branch_goes_on_where_the_prefix_ends(tiny):
 @pytest.mark.parametrize("tiles", [[], [1], [2, 3]])
 def test_a_page_with_one_question_is_the_plain_prompt(tiny, tiles):
     page, _ = page_prompt(tiny.tokenizer, 64, tiles, ["\nWhat is <img>?"], ["42"])
-    plain = write_conversation(tiny.tokenizer, 64, tiles, [("\nWhat is <img>?", "42")])
+    plain = conversation_prompt(tiny.tokenizer, 64, tiles, [("\nWhat is <img>?", "42")])
     assert (page.ids, page.labels, page.positions) == (plain.ids, plain.labels, plain.positions)
 
 

@@ -1,12 +1,11 @@
 """The tiles drawn are the tiles read; the weights of attention are those that the model uses."""
 import random
-from dataclasses import replace
 
 import torch
 from PIL import Image, ImageChops
 from reference import page_prompt, reference_model, reference_pixels
 
-from extras.pictures import EDGE, attention, draw_attention, draw_tiles, grid_of, runs_of_tokens
+from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
 
@@ -30,23 +29,6 @@ def test_several_images_are_drawn_below_each_other(tiny):
     whole, parts = draw_tiles(chat.pictures, 64), [draw_tiles([picture], 64) for picture in chat.pictures]
     assert whole.size == (parts[0].width, parts[0].height + parts[1].height)
     assert whole.crop((0, parts[0].height, parts[1].width, whole.height)).tobytes() == parts[1].tobytes()
-
-
-def test_the_grid_is_found_again_from_the_number_of_tiles(tiny, tmp_path):
-    draw = random.Random(0)
-    for i in range(60):
-        image = Image.new("L", (draw.randint(1, 900), draw.randint(1, 900)))
-        exif = Image.Exif()
-        exif[0x112] = draw.choice((1, 6))                                   # 6: lies on its side
-        image.save(tmp_path / f"{i}.jpg", exif=exif)
-        for thumbnail in (True, False):
-            tiny.config = replace(tiny.config, thumbnail=thumbnail)
-            chat = tiny.chat(max_tiles=draw.choice((1, 4, 12, 40)))
-            chat.add_image(tmp_path / f"{i}.jpg")
-            [picture] = chat.pictures
-            found = grid_of(str(tmp_path / f"{i}.jpg"), len(picture.tiles), 128)
-            assert found == picture.grid or not thumbnail and found[0] * found[1] == len(picture.tiles) - 1
-    assert grid_of("http://localhost/x.png", 5, 128) == (5, 1)
 
 
 def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, monkeypatch):

@@ -26,7 +26,7 @@ from extras.run_folder import restore_checkpoint, save_checkpoint
 from extras.sources import open_rows
 from model import InputError, InternVL
 from model.checkpoint import latest_checkpoint
-from model.images import read_image
+from model.images import load_image
 from model.prompt import IGNORE_INDEX
 from model.tiling import choose_grid, tile_page
 from model.tiny import pages
@@ -351,21 +351,21 @@ def test_images_are_read_as_a_viewer_shows_them():
     import numpy as np
     from PIL import Image
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    deep = read_image(image_file("PNG", Image.fromarray(grey * 257)))
+    deep = load_image(image_file("PNG", Image.fromarray(grey * 257)))
     assert deep.mode == "L" and (np.asarray(deep) == grey).all()                        # 16 bits a channel
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     clear.putpixel((2, 3), (10, 20, 30, 255))
-    shown = read_image(image_file("PNG", clear))
+    shown = load_image(image_file("PNG", clear))
     assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((2, 3)) == (10, 20, 30)
     turned, exif = Image.new("RGB", (20, 10), "white"), Image.Exif()
     turned.paste("red", (0, 0, 5, 10))
     for orientation, corner in ((3, (19, 0)), (6, (0, 0)), (8, (0, 19))):
         exif[0x112] = orientation
-        shown = read_image(image_file("PNG", turned, exif=exif))
+        shown = load_image(image_file("PNG", turned, exif=exif))
         assert shown.size == ((20, 10) if orientation == 3 else (10, 20)) and shown.getpixel(corner) == (255, 0, 0)
-    first = read_image(image_file("GIF", Image.new("L", (4, 4), 9), save_all=True, append_images=[Image.new("L", (4, 4), 99)]))
+    first = load_image(image_file("GIF", Image.new("L", (4, 4), 9), save_all=True, append_images=[Image.new("L", (4, 4), 99)]))
     assert first.convert("L").getpixel((0, 0)) == 9
-    wide = read_image(image_file("PNG", Image.new("L", (30_000, 20))))
+    wide = load_image(image_file("PNG", Image.new("L", (30_000, 20))))
     assert len(tile_page(wide, 12)) == 13 and len(tile_page(Image.new("L", (1, 1)))) == 1
 
 

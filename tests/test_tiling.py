@@ -12,7 +12,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
-from model.images import read_image
+from model.images import load_image
 from model.tiling import choose_grid, tile_page
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
@@ -89,13 +89,13 @@ def test_pixels_equal_the_reference_on_real_receipts():
     from data import group_rows_into_pages
     from extras.sources import open_rows
     for page, _ in zip(group_rows_into_pages(open_rows(str(real("receipts")), "validation")), range(6)):
-        image = read_image(page.images[0])
+        image = load_image(page.images[0])
         ours = normalize(torch.from_numpy(tile_page(image, 12)), torch.float32)
         torch.testing.assert_close(ours, reference_pixels([image.convert("RGB")], 12), rtol=0, atol=1e-6)
 
 
 def test_pixels_equal_the_reference_on_photos():
-    image = read_image(real("examples") / "image1.jpg")
+    image = load_image(real("examples") / "image1.jpg")
     ours = normalize(torch.from_numpy(tile_page(image, 12)), torch.float32)
     torch.testing.assert_close(ours, reference_pixels([image], 12), rtol=0, atol=1e-6)
 

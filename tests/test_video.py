@@ -6,12 +6,11 @@ import pytest
 import torch
 from conftest import SHARED
 from PIL import Image
-from reference import reference_model
+from reference import conversation_prompt, reference_model
 from test_generate import reference_answer
 
 from extras.video import frame_places, read_video
 from model import InputError
-from model.prompt import write_conversation
 from model.tiling import tile_page
 
 
@@ -80,7 +79,7 @@ def test_8_frames_are_answered_as_by_the_reference(tiny, tmp_path):
     chat.ask("What happens?")
     tiles = torch.cat([torch.from_numpy(tile_page(frame, 1, 128)) for frame in frames])
     lines = "".join(f"Frame{i}: <image>\n" for i in range(1, 9))
-    prompt = write_conversation(tiny.tokenizer, 64, [1] * 8, [(lines + "What happens?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, 64, [1] * 8, [(lines + "What happens?", None)])
     assert chat.report["tiles"] == [1] * 8 and chat.report["prompt_tokens"] == len(prompt.ids)
     assert chat.report["tokens"] == reference_answer(reference_model(tiny), tiny, tiles, prompt, 12)
 

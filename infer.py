@@ -174,7 +174,10 @@ def answer_many(arguments):
 def evaluate(arguments):
     from extras.evaluate import evaluate_rows
     from extras.score import print_scores
-    from extras.sources import open_rows
+    from extras.sources import is_synthetic, open_rows
+    if is_synthetic(arguments.evaluate):
+        raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
+                         "then give --evaluate FOLDER/questions.jsonl")
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}

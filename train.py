@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import PageDataset, load_examples, page_blocks, prefetch
+from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
@@ -313,6 +313,8 @@ def open_data(args, model, state, skips):
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
+    print(f"reading {args.data} in blocks of {args.look_ahead:,} rows, the first one of "
+          f"{min(FIRST_BLOCK, args.look_ahead):,}; begins at epoch {state['epoch']}, block {state['block']}")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
                          (dataset.size, args.batch_pages) if args.group_by_length else None)

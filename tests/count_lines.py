@@ -21,7 +21,7 @@ STEP_PATH = ("train.py", "data.py", "extras/sources.py", *(f"model/{name}.py" fo
     "config", "images", "tiling", "prompt", "vision", "projector", "layers", "language", "internvl")))
 BUDGETS = {
     "code lines from the command line to optimizer.step()": 1650,
-    "code lines imported at module level by train.py": 2520,
+    "code lines imported at module level by train.py": 2525,
     "code lines of all Python files but tests": 4700,
     "Python files directly in model/": 18,
     "lines of the loop of train.py": 60,

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from model import InputError
 from model.errors import warn
 from model.images import compressed, image_size, load_image
-from model.prompt import INSTRUCTION, Prompt, write_page
+from model.prompt import IGNORE_INDEX, INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, tile_page
 
 COLUMNS = ("image", "question", "answers")              # columns that rows must have,
@@ -327,7 +327,7 @@ def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0,
     block becomes two. Raises InputError for rows that cannot be read, or none at all.
     """
     epoch, block, done = start
-    placed = -done                      # pages before this block, modulo a step: a run resumes between steps
+    placed = -done                      # pages before this block; only the remainder by a micro-batch's size matters
     first = min(FIRST_BLOCK, block_rows)                    # rows of block 0; of every other one block_rows
     while epoch != epochs:
         before, begin = set(), first + (block - 1) * block_rows if block else 0
@@ -403,7 +403,7 @@ class Example:
 
     @property
     def answer_tokens(self):
-        return sum(label >= 0 for label in self.prompt.labels)
+        return sum(label != IGNORE_INDEX for label in self.prompt.labels)
 
     def pin_memory(self):
         self.tiles = self.tiles if self.tiles is None else self.tiles.pin_memory()

@@ -237,12 +237,13 @@ def choose_parts(model, train):
 
 
 def peak_lr(args, part):
+    """The peak learning rate of a part; `args.lr` is a number or text like 'projector=1e-3,lora=1e-4'."""
     rates = learning_rates(str(args.lr))
     return rates[part] if isinstance(rates, dict) else rates
 
 
 def make_optimizer(model, args):
-    """AdamW over the trainable parameters, each part with its peak learning rate; weight decay for matrices only."""
+    """AdamW over the trainable parameters, by part; no weight decay for biases, norms and scales."""
     groups = []
     for part, parameters in part_parameters(model).items():
         for matrices, decay in ((True, args.weight_decay), (False, 0.0)):
@@ -313,8 +314,8 @@ def open_data(args, model, state, skips):
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
-    print(f"reading {args.data} in blocks of {args.look_ahead:,} rows, the first one of "
-          f"{min(FIRST_BLOCK, args.look_ahead):,}; begins at epoch {state['epoch']}, block {state['block']}")
+    print(f"reading {args.data}: epoch {state['epoch']}, block {state['block']} of {args.look_ahead:,} rows "
+          f"(the first block: {min(FIRST_BLOCK, args.look_ahead):,})")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
                          (dataset.size, args.batch_pages) if args.group_by_length else None)
@@ -342,7 +343,7 @@ def evaluate(model, examples):
             batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
         total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
         tokens += example.answer_tokens
-        with torch.compiler.set_stance("force_eager"):          # --compile is for the steps: their shapes are few
+        with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
             answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
@@ -393,8 +394,8 @@ def train(args, run, model, optimizer, data, bar, stop):
         data_wait = time.perf_counter() - started
         step_pages, run.micro_batches = ready
         examples = list(itertools.chain(*run.micro_batches))
-        rows = run.state["rows"] + sum(page.rows for page in step_pages) / 2
-        progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)        # in the middle of the step
+        rows = run.state["rows"] + sum(page.rows for page in step_pages) / 2       # in the middle of the step
+        progress = max((step + 0.5) / (args.steps or math.inf), rows / all_rows)
 
         # ------------------------------------------------------------------------------------- one optimizer step
         model.train()

@@ -90,7 +90,7 @@ class ChatShell(cmd.Cmd):
     def do_undo(self, _):
         self.chat.undo()
         waiting = "; its images wait for the next question" if self.chat.waiting else ""
-        log(f"taken back; {len(self.chat.turns)} before it{waiting}")
+        log(f"question taken back; questions left: {len(self.chat.turns)}{waiting}")
 
     def do_clear(self, _):
         self.chat.clear()

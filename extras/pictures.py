@@ -99,7 +99,7 @@ def show_example(example, dataset, file):
     for branch in range(max(prompt.branches) + 1):
         at = [i for i, b in enumerate(prompt.branches) if b == branch]
         in_loss = sum(prompt.labels[i] >= 0 for i in at)
-        print(f"\nbranch {branch}{'' if branch else ' (the prefix that all questions share)'}: "
+        print(f"\nbranch {branch}{'' if branch else ' (the prefix, shared by all questions)'}: "
               f"{len(at)} tokens from position {prompt.positions[at[0]]}, {in_loss} in the loss")
         print("|".join(runs_of_tokens(prompt, at, tokenizer)))
     print(f"\n{len(prompt.ids)} tokens, {image_tokens} of them from images, {example.answer_tokens} in the loss"

@@ -100,7 +100,7 @@ def numbers(official, table):
     return values
 
 
-# our name: (official name, largest value: above those of every model of this kind, below what no memory holds)
+# our name: (official name, largest value accepted: generous for real models, small enough to fit in memory)
 VISION = {
     "width": ("hidden_size", 16_384), "layers": ("num_hidden_layers", 200), "heads": ("num_attention_heads", 512),
     "mlp_width": ("intermediate_size", 131_072), "tile_pixels": ("image_size", 4_096),

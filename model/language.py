@@ -90,7 +90,7 @@ def rotary_cos_sin(positions, head_width, theta, dtype):
 
 
 def apply_rotary(x, cos, sin):
-    """Turn (heads, L, d) queries or keys by their positions: pairs are (i, i + d/2)."""
+    """Rotate (heads, L, d) queries or keys by the angles of their positions: pairs are (i, i + d/2)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -116,16 +116,18 @@ class Attention(nn.Module):
     def attend(self, q, k, v, page):
         """One page: q (H, n, d), k and v (K, n, d) of its new tokens -> (1, H, n, d)."""
         if page.cache:
-            k, v = page.cache.update(self.layer, page.past, k, v)                      # (K, past + n, d)
-        q, k, v, n = q[None], k[None], v[None], page.causal
+            k, v = page.cache.update(self.layer, page.past, k, v)                   # (K, past + n, d)
+        q, k, v, causal = q[None], k[None], v[None], page.causal
         attention, seen = F.scaled_dot_product_attention, []
-        if n > 0:
-            seen.append(attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True, enable_gqa=True))
-        if n < page.tokens and page.mask is not None:
-            seen.append(attention(q[:, :, n:], k, v, attn_mask=page.mask, enable_gqa=True))
-        elif n < page.tokens:           # a decoded token: heads that share keys are rows of one matrix, no copy
-            shared = attention(rearrange(q[:, :, n:], "1 (k g) n d -> 1 k (g n) d", k=k.shape[1]), k, v)
-            seen.append(rearrange(shared, "1 k (g n) d -> 1 (k g) n d", n=page.tokens - n))
+        if causal > 0:                                                              # the prefix: (1, H, causal, d)
+            prefix = q[:, :, :causal], k[:, :, :causal], v[:, :, :causal]
+            seen.append(attention(*prefix, is_causal=True, enable_gqa=True))
+        rest = q[:, :, causal:]                                                     # the branches: (1, H, m, d)
+        if rest.shape[2] and page.mask is not None:
+            seen.append(attention(rest, k, v, attn_mask=page.mask, enable_gqa=True))
+        elif rest.shape[2]:             # a decoded token: heads that share keys are rows of one matrix, no copy
+            shared = attention(rearrange(rest, "1 (k g) m d -> 1 k (g m) d", k=k.shape[1]), k, v)
+            seen.append(rearrange(shared, "1 k (g m) d -> 1 (k g) m d", m=rest.shape[2]))
         return torch.cat(seen, dim=2)
 
 

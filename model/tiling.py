@@ -22,7 +22,8 @@ def grids(max_tiles):
 def choose_grid(width, height, max_tiles=12, tile_pixels=448):
     """Return the (columns, rows) whose aspect ratio is nearest to the page's.
 
-    Among equal ratios (1x1, 2x2, 3x3) a larger grid wins only if the page has over half of that grid's pixels.
+    Among grids that are equally near (1x1 and 2x2; for 3:2 also 1x1 and 2x1) a larger one wins only if the page has
+    over half of its pixels.
 
     >>> choose_grid(1000, 700)
     (3, 2)
@@ -59,8 +60,8 @@ def tile_page(image, max_tiles=12, tile_pixels=448, thumbnail=True):
     image = gray_or_rgb(image)
     columns, rows = choose_grid(*image.size, max_tiles, tile_pixels)
     whole = image.resize((columns * tile_pixels, rows * tile_pixels), Image.Resampling.BICUBIC)
-    pixels = np.asarray(whole).reshape(rows * tile_pixels, columns * tile_pixels, -1)
-    tiles = rearrange(pixels, "(r h) (c w) rgb -> (r c) rgb h w", r=rows, c=columns)
+    pixels = np.asarray(whole).reshape(rows * tile_pixels, columns * tile_pixels, -1)           # 1 or 3 channels
+    tiles = rearrange(pixels, "(r h) (c w) rgb -> (r c) rgb h w", r=rows, c=columns)            # (tiles, 1 or 3, S, S)
     if thumbnail and len(tiles) > 1:
         small = np.asarray(image.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC))
         tiles = np.concatenate([tiles, rearrange(small.reshape(tile_pixels, tile_pixels, -1), "h w rgb -> 1 rgb h w")])

@@ -1,7 +1,7 @@
 """What is InternViT? A vision transformer over the patches of one tile; tiles do not see each other.
 
 Source: InternVL (arXiv 2312.14238), `modeling_intern_vit.py`. Differences from a textbook ViT: layer scale on both
-branches, no norm after the last block, an exact GELU.
+residual branches, no norm after the last block, an exact GELU.
 """
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.out = Linear(config.width, config.width)
 
     def forward(self, x):                                                           # (N, 1025, D)
-        q, k, v = rearrange(self.qkv(x), "n l (qkv h d) -> qkv n h l d", qkv=3, h=self.heads)
+        q, k, v = rearrange(self.qkv(x), "n l (qkv h d) -> qkv n h l d", qkv=3, h=self.heads)       # (N, H, 1025, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "n h l d -> n l (h d)"))
 

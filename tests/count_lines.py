@@ -20,7 +20,7 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 STEP_PATH = ("train.py", "data.py", "extras/sources.py", *(f"model/{name}.py" for name in (
     "config", "images", "tiling", "prompt", "vision", "projector", "layers", "language", "internvl")))
 BUDGETS = {
-    "code lines from the command line to optimizer.step()": 1650,
+    "code lines from the command line to optimizer.step()": 1655,
     "code lines imported at module level by train.py": 2525,
     "code lines of all Python files but tests": 4700,
     "Python files directly in model/": 18,

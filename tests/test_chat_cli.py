@@ -75,7 +75,7 @@ def test_a_mistake_gets_a_line_and_the_chat_goes_on(talk):
 
 def test_undo_and_clear(talk, page):
     _, err, chat = talk(f"/image {page}", "A?", "B?", "/undo", "/undo")
-    assert "taken back; 1 before it\n" in err and "taken back; 0 before it; its images wait" in err and len(chat.waiting) == 1
+    assert "question taken back; questions left: 1\n" in err and "questions left: 0; its images wait" in err and len(chat.waiting) == 1
     assert not talk("/clear", chat=chat)[2].pictures
 
 

@@ -3,7 +3,7 @@
 Write the rule yourself: of all grids with at most `max_tiles` cells, the one whose aspect ratio is nearest to the page's. What
 decides between 1 x 1, 2 x 2 and 3 x 3, which have the same ratio?
 
-Hint: walk through the grids from small to large. A later grid with an equal ratio wins only if the page has more than half
+Hint: walk through the grids from small to large. A later grid with an equally near ratio wins only if the page has more than half
 of that grid's pixels; 449 x 897 has an aspect ratio of 0.5006, nearer to 1:2 than to 1:1. See `choose_grid` in model/tiling.py.
 """
 

@@ -9,13 +9,16 @@ from conftest import ROOT
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py"), *(ROOT / "model").glob("*.py"), *(ROOT / "model" / "tiny").glob("*.py")])
 CORE = ("train.py", "infer.py", "data.py",
         *(f"model/{name}.py" for name in "config tiling prompt vision projector language internvl generate".split()))
-ABOVE = {"model": {"data", "extras", "train", "infer", "tests"}, "data": {"train", "infer", "tests"}, "extras": {"train", "infer", "tests"},
-         "infer": {"train", "tests"}, "train": {"infer", "tests"}}
+# train.py, infer.py -> extras/ -> data.py -> model/: what a layer must not import
+ABOVE = {"model": {"data", "extras", "train", "infer", "tests"}, "data": {"extras", "train", "infer", "tests"},
+         "extras": {"train", "infer", "tests"}, "infer": {"train", "tests"}, "train": {"infer", "tests"}}
 
 
 def imported(path):
-    """Names of all modules that a file imports, wherever it does."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Names of all modules that a file imports, wherever it does; not what data.py calls as a program, `if __name__ == ...`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not (path.name == "data.py" and isinstance(node, ast.If))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -26,6 +29,20 @@ def imported(path):
 def test_arrows_point_one_way(path):
     room = path.relative_to(ROOT).parts[0].removesuffix(".py")
     assert not {name.split(".")[0] for name in imported(path)} & ABOVE[room]
+
+
+def test_no_two_files_import_each_other_directly_or_through_others():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    arrows = {name: set() for name in names}
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not (name == "data" and node.module.startswith("extras")):
+                found = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys() or {node.module} & names.keys()
+                arrows[name] |= {module for module in found if module != "model"}       # the package's face: InternVL, InputError
+    while free := [name for name, to in arrows.items() if not to & arrows.keys()]:
+        for name in free:
+            del arrows[name]
+    assert not arrows
 
 
 def test_the_rooms_of_the_model_know_no_more_than_they_need():

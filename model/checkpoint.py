@@ -121,6 +121,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         tensors, stored = read(folder / WEIGHTS, model.state_dict(), device, dtype)
         model.load_state_dict(tensors, assign=True)
     else:
+        check_size(model, folder)
         model.to_empty(device="cpu").init_weights(seed)
         model.to(device, dtype)
         stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
@@ -133,6 +134,15 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     for path in overlays:
         load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
     return model
+
+
+def check_size(model, folder):
+    """Raise InputError for a model that is larger than this machine's memory (unknown on Windows)."""
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > held:
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "
+                         f"{held / 1e9:,.0f} GB of memory; take a smaller model")
 
 
 def read(path, wanted, device, dtype):

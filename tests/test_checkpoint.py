@@ -183,6 +183,10 @@ def test_a_model_that_no_memory_holds_is_refused(folder):
                llm_config__num_attention_heads=64, llm_config__num_key_value_heads=32)
     with pytest.raises(InputError, match="hidden_size is 65536, expected a number up to 16,384"):
         InternVL.from_scratch(folder, device="cpu")
+    set_config(folder, llm_config__num_hidden_layers=200, llm_config__intermediate_size=131_072, llm_config__hidden_size=16_384,
+               llm_config__num_attention_heads=64, llm_config__num_key_value_heads=32)      # within the limits
+    with pytest.raises(InputError, match="GB of weights, this machine has"):
+        InternVL.from_scratch(folder, device="cpu")
 
 
 @pytest.mark.parametrize("key, value", [("llm_config__num_hidden_layers", 10 ** 9), ("llm_config__vocab_size", 10 ** 400), ("downsample_ratio", float("nan")),

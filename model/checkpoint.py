@@ -78,7 +78,7 @@ def read_settings(run):
             raise ValueError("expected plain values")
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
 
 
 def latest_checkpoint(run):
@@ -129,7 +129,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
-                         f"{model.config.language.vocabulary}; they are not of the same model")
+                         f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
         load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)

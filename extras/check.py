@@ -22,16 +22,15 @@ def parse_arguments():
     check = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
     check.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
     show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
-    show.add_argument("path", metavar="PATH", help="as in check")
-    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
-    show.add_argument("--out", help="the picture's file (show-N.png)")
+    show.add_argument("path", metavar="PATH", help="a file, a folder in Hub layout or a Hub id")
+    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions; the first is 0")
+    show.add_argument("--out", help="file for the picture of the tiles (show-N.png)")
     for flag in (check.add_argument, show.add_argument):
-        flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
-             "not needed (the embedded model; check then judges no lengths)")
-        flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
+        flag("--model", help="its tokenizer and tile size are used (the embedded model; check skips lengths)")
+        flag("--max-tiles", type=int_in(1, 128), default=12, help="most tiles per page (%(default)s)")
         flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
-        flag("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
-        flag("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+        flag("--allow-private", action="store_true", help="fetch images from private networks too")
+        flag("--split", default="train", help="split of a data set in Hub layout (%(default)s)")
     return parser.parse_args()
 
 
@@ -94,12 +93,12 @@ def show(arguments, dataset):
     pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False))
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
-        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+        raise InputError(f"{arguments.path}: no example {arguments.number}; the first is 0")
     example = dataset[page]
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
-        print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+        print("these are the tokens of the embedded model; for another, give --model OpenGVLab/InternVL2-1B", file=sys.stderr)
     show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
 
 

@@ -219,7 +219,7 @@ def compare(settings):
         print(f"| {name} | {' '.join(f'{s:.2f}' for s in result['seconds'])} | {questions / best[name]:.3f} | "
               f"{work / best[name] / rate:.0%} | {max(result['memory']):.2f} | {result['loss']:.6f} |")
     found = {"questions_per_second": questions / best["ours"], "model_flops_utilisation": work / best["ours"] / rate,
-             "memory_gb": max(results["ours"]["memory"]), "estimated_gb": sum(needed.values()) - needed["held"]}
+             "memory_gb": max(results["ours"]["memory"]), "estimated_gb": sum(needed.values()) - needed["in use now"]}
     if reference:
         ours, theirs = results["ours"], results["transformers"]
         found |= {"speed_ratio": sum(theirs["seconds"]) / sum(ours["seconds"]),

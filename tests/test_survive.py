@@ -163,8 +163,8 @@ def test_a_signal_finishes_the_step_saves_and_exits(fit, monkeypatch, number):
     with monkeypatch.context() as patch:
         at_call(patch, train, "check_step", 3, lambda: os.kill(os.getpid(), number))
         status, err, run = fit("run", *flags)
-    assert status == 128 + number and len(err) == 2 and "the step is finished" in err[0]
-    assert err[1] == f"stopped after step 3; continue with --resume {run}"
+    assert status == 128 + number and len(err) == 2 and "finishing this step, then saving the run" in err[0]
+    assert err[1] == f"stopped after step 3; to continue: python train.py --resume {run}"
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3] and latest_checkpoint(run).name == "step-0000003.safetensors"
     assert signal.getsignal(number) == handler
     assert fit("run")[0] == 0
@@ -178,7 +178,7 @@ def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, mon
         with monkeypatch.context() as patch:
             at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
             status, err, run = fit("run", *flags)
-        assert status == 143 and "the run is saved" in err[0] and "continue with --resume" in err[1], err
+        assert status == 143 and "saving the run" in err[0] and "to continue: python train.py --resume" in err[1], err
     assert fit("run")[0] == 0
     assert_same(whole, run)
 

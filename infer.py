@@ -35,7 +35,7 @@ def parse_arguments():
         arguments, more = parser.parse_known_args()
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-")
-                     else "one QUESTION; quote it, or use --questions FILE")
+                     else "give one QUESTION, in quotes, or use --questions FILE")
     for wrong, message in conflicts(arguments):
         if wrong:
             parser.error(message)

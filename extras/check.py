@@ -98,7 +98,7 @@ def show(arguments, dataset):
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
-        print("these are the tokens of the embedded model; for another, give --model OpenGVLab/InternVL2-1B", file=sys.stderr)
+        print("tokens of the embedded model; for another model give --model OpenGVLab/InternVL2-1B", file=sys.stderr)
     show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
 
 

@@ -101,7 +101,7 @@ class RunFolder:
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
-            raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its "
+            raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
                              f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
                              ) from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):

@@ -63,7 +63,7 @@ def serve(model, port, settings):
         raise InputError(f"--port {port}: cannot be used ({error}); give another one, or 0 for a free one") from error
     with tempfile.TemporaryDirectory() as folder:
         page = launch(Conversations(model, settings), port, folder)
-        log(f"http://127.0.0.1:{port}   Ctrl-C ends")
+        log(f"http://127.0.0.1:{port}   Ctrl-C stops it")
         signal.signal(signal.SIGTERM, signal.default_int_handler)       # then, too, uploads are deleted
         try:
             threading.Event().wait()

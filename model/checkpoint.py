@@ -49,7 +49,7 @@ def resolve(name, seed=None):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
-            raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+            raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         folder, overlays, seed = resolve(settings["model"], settings["seed"] if settings["from_scratch"] else None)

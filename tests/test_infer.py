@@ -75,7 +75,7 @@ def test_without_an_image_a_remark_says_so(folder, page, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [("What", "is it?"), ("What", "--json", "is it?"), ("--image", "x.png", "What", "is", "it?")])
 def test_two_questions_are_one_line(capsys, monkeypatch, flags):
-    assert "one QUESTION; quote it, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
+    assert "give one QUESTION, in quotes, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
     assert "unrecognized arguments: --imge" in refuses(infer, capsys, monkeypatch, "--imge", "x.png", *flags)
 
 

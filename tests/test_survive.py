@@ -230,7 +230,7 @@ def test_a_worker_that_is_killed_is_one_line_and_nothing_is_lost(fit, monkeypatc
     with monkeypatch.context() as patch:
         at_call(patch, train, "check_step", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
         status, err, run = fit("run", "--workers", 1)
-    assert status == 2 and len(err) == 1 and "a worker process was ended from outside" in err[0] and "--workers" in err[0]
+    assert status == 2 and len(err) == 1 and "a worker process was killed" in err[0] and "--workers" in err[0]
     assert fit("run")[0] == 0
     assert_same(whole, run)
 

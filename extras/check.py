@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
-from extras.cli import OneLineParser, int_in
+from extras.cli import OneLineParser, count, int_in
 from extras.formats import read_file
 from extras.pictures import show_example
 from extras.sources import open_rows
@@ -56,8 +56,9 @@ def check(path, dataset, split):
     rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
     print_problems(path, problems)
     print(f"{path}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
-          f"{sum(part.entries for part in parts) if parts else rows} rows, {len(pages)} pages, {questions} questions, "
-          f"{unanswered} without an answer" + (f", {len(pictures)} images" if parts else ""))
+          f"{count(sum(part.entries for part in parts) if parts else rows, 'row')}, {count(len(pages), 'page')}, "
+          f"{count(questions, 'question')}, {unanswered} without an answer"
+          + (f", {count(len(pictures), 'image')}" if parts else ""))
     return not problems
 
 
@@ -68,9 +69,9 @@ def print_problems(path, problems):
         reasons[reason] += 1
         if reasons[reason] <= 3:
             print(plain(f"{place}: {' '.join(reason.split())}"))
-    for reason, count in reasons.items():
-        if count > 3:
-            print(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}"))
+    for reason, often in reasons.items():
+        if often > 3:
+            print(plain(f"{path}: {often - 3} more: {' '.join(reason.split())}"))
 
 
 def problems_of(example, max_length, in_file):

@@ -160,7 +160,7 @@ def read_questions(path):
                 raise ValueError(f'no "question" in {shown(entry)}; rows for training go to --evaluate')
             asked.append((clean(entry["question"]), images))
         except (ValueError, TypeError, AttributeError) as error:
-            reason = entry if isinstance(entry, InputError) else error if isinstance(error, ValueError) else shown(entry)
+            reason = next((e for e in (entry, error) if isinstance(e, ValueError)), None) or shown(entry)
             raise InputError(f"{place}: not a question ({reason}); expected "
                              '{"question": "...", "images": ["..."]}') from error
     return asked

@@ -1,4 +1,4 @@
-"""Does it fit? The memory of a training step, estimated before the first one.
+"""The memory of a training step, estimated before the first one.
 
     weights  +  gradients and AdamW's two moments of the trainable parts  +  activations kept for the backward pass
 

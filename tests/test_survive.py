@@ -1,4 +1,4 @@
-"""What survives: kills, signals, a bad network, a full disk, hostile files. The README's promises about it, one by one."""
+"""Crash safety: kills, signals, a bad network, a full disk, hostile files. The README's promises about it, one by one."""
 import argparse
 import collections
 import json

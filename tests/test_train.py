@@ -112,7 +112,7 @@ def test_pages_cut_by_the_edge_of_a_block_are_counted_at_the_end(folder, dataset
     flags = "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0, "--max-tiles", 4, "--eval-every", 0, "--epochs", 1
     outputs = [call(train, capsys, monkeypatch, *flags, "--look-ahead", rows, "--out", tmp_path / str(rows))[1] for rows in (3, 2048)]
     cut = sum(page.cut for page in chain.from_iterable(page_blocks(mixed_rows(12), block_rows=3)))
-    assert cut > 0 and f"{cut} pages since this start are the second part" in outputs[0] and "second part" not in outputs[1]
+    assert cut > 0 and f"; {cut} pages split in two by the edge of a block" in outputs[0] and "split in two" not in outputs[1]
 
 
 def test_steps_and_epochs_end_the_run_at_the_first_one_reached(fit):

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from model import InputError
 from model.errors import warn
 from model.images import compressed, image_size, load_image
-from model.prompt import IGNORE_INDEX, INSTRUCTION, Prompt, write_page
+from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, PromptTensors, write_page
 from model.tiling import choose_grid, tile_page
+from model.tokenizer import special_id
 
 COLUMNS = ("image", "question", "answers")              # columns that rows must have,
 PAGE_COLUMNS = ("docId", "ucsf_document_page_no")       # columns that tell pages apart, if present,
@@ -395,7 +396,7 @@ class Example:
     """A page as the model reads it, or the `error` that keeps it from being read."""
     page: Page
     tiles: torch.Tensor | None = None                           # uint8 (n, 3, 448, 448)
-    prompt: Prompt | None = None
+    prompt: Prompt | PromptTensors | None = None
     too_long: list[str] = field(default_factory=list)           # questions left out,
     kept_questions: list[int] = field(default_factory=list)     # and the indices of the others
     tile_counts: list[int] = field(default_factory=list)        # of each image
@@ -403,10 +404,11 @@ class Example:
 
     @property
     def answer_tokens(self):
-        return sum(label != IGNORE_INDEX for label in self.prompt.labels)
+        return self.prompt.answer_tokens
 
     def pin_memory(self):
-        self.tiles = self.tiles if self.tiles is None else self.tiles.pin_memory()
+        if not self.error:
+            self.tiles, self.prompt.numbers = self.tiles.pin_memory(), self.prompt.numbers.pin_memory()
         return self
 
 
@@ -438,6 +440,11 @@ class PageDataset(Dataset):
             example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
                              f"--max-length {self.max_length}; raise it or lower --max-tiles")
         return example
+
+    def light(self, example):
+        """The example as it leaves a worker: its prompt as tensors, its page without image files of many megabytes."""
+        prompt = example.prompt and example.prompt.tensors(special_id(self.tokenizer, IMAGE_TOKEN))
+        return replace(example, page=replace(example.page, images=[]), prompt=prompt)
 
     def tiles_of_each(self, page):
         """The most tiles that each image of a page may be cut into: they share those of the page."""
@@ -481,9 +488,9 @@ def leave_signals_to_the_parent(_):
 
 
 def load_examples(pages, dataset, workers, pin_memory=False):
-    """A DataLoader over `pages`, an iterable, that yields their examples in the same order."""
-    return DataLoader(dataset, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+    """A DataLoader over `pages`, an iterable, that yields their examples in the same order, as `PageDataset.light`."""
+    return DataLoader(dataset, sampler=pages, batch_size=None, collate_fn=dataset.light, num_workers=workers,
+                      pin_memory=pin_memory, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                       worker_init_fn=leave_signals_to_the_parent)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_switch, as_flag, count, float_in, int_in, names_in, run
-from extras.memory import peak_gb, step_gb
+from extras.memory import attention_kernels, choose_split, peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
@@ -78,8 +78,8 @@ def add_lora_flags(parser):
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch size and length of the run").add_argument
-    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--batch-pages", type=int_in(1), help="pages in a micro-batch (1; on a GPU 1, 2, 4 or 8, as memory allows)")
+    flag("--accumulate", type=int_in(1), help="micro-batches in an optimizer step (8; on a GPU 8 pages in all)")
     flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
     flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
 
@@ -211,6 +211,8 @@ def load_model(args):
     choose_parts(model, args.train)
     model.vision.gradient_checkpointing = model.language.gradient_checkpointing = args.checkpoint_activations
     if args.compile:
+        # each number of pages in a micro-batch needs graphs of its own; beyond 8 torch would go on without compiling
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 256, True
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
     return model
@@ -273,6 +275,8 @@ def print_run(args, model):
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
+    if args.device.startswith("cuda"):
+        print("attention kernels: " + ", ".join(map(" ".join, attention_kernels(model).items())))
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -430,6 +434,7 @@ def main():
     if all(Path(name).is_file() for name, _ in named_parts(args.data)):
         open_rows(args.data, "train")                       # a malformed row is refused before a model is loaded
     model = load_model(args)
+    choose_split(args, model)
     print_run(args, model)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):

@@ -202,11 +202,9 @@ class QuestionDataset(PageDataset):
 
     def __getitem__(self, page):
         try:
-            example = super().__getitem__(self.opened(page))
+            return super().__getitem__(self.opened(page))
         except InputError as error:
             return Example(page, error=str(error))
-        example.page.images = page.images                               # the decoded ones are not needed any more
-        return example
 
     def opened(self, page):
         """The page with its images decoded, `max_tiles` for each of them, and with the text that surrounds them."""

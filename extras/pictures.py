@@ -173,7 +173,7 @@ def attention(chat):
     later = torch.arange(stop, device=model.device) > positions[:, None]
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
-    page = page_mask(torch.zeros(count, dtype=torch.long), cache, model.device)
+    page = page_mask(torch.zeros(count, dtype=torch.long, device=model.device), cache, (count, 0))
     for layer, block in enumerate(language.blocks):
         query = rearrange(block.attention.query(block.attention_norm(x)), "l (h d) -> h l d", d=cos.shape[-1])
         keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)  # (H, L, d)

@@ -14,6 +14,8 @@ Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` publis
 import itertools
 from dataclasses import dataclass, field
 
+import torch
+
 from model.errors import InputError
 from model.tokenizer import special_id
 
@@ -33,6 +35,27 @@ class Prompt:
     labels: list[int] = field(default_factory=list)         # the token's own id if it is in the loss, else IGNORE_INDEX
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)       # 0: prefix; 1, 2, ...: one per conversation about the page
+
+    @property
+    def answer_tokens(self):
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+    def tensors(self, image_id):
+        """The PromptTensors of this prompt. `image_id`: the id of an image token."""
+        ids, positions, branches, labels = map(torch.tensor, (self.ids, self.positions, self.branches, self.labels))
+        images, answers = (ids == image_id).nonzero()[:, 0], (labels != IGNORE_INDEX).nonzero()[:, 0]
+        columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
+        span = self.branches.count(0), max(self.branches)
+        return PromptTensors(torch.cat(columns), list(map(len, columns)), span, len(answers))
+
+
+@dataclass
+class PromptTensors:
+    """A prompt as a step needs it, made in a worker; one copy takes it to the device."""
+    numbers: torch.Tensor               # int64: ids, positions, branches, image_index, targets, answer_index of `Batch`
+    sizes: list[int]                    # how many numbers each of them has
+    span: tuple[int, int]               # tokens of branch 0, and the last branch: what the host decides by
+    answer_tokens: int
 
 
 class PromptBuilder:

@@ -152,9 +152,10 @@ def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
     stream = dict(epochs=2, seed=1, block_rows=20)
     examples = list(load_examples(prefetch(page_blocks(mixed_rows(12), **stream)), PageDataset(tiny, 4), workers))
     assert [e.page.name for e in examples] == [p.name for p in flat(page_blocks(mixed_rows(12), **stream))]
+    images = {page.name: page.images[0] for page in group_rows_into_pages(mixed_rows(12))}
     for example in examples:
         assert example.tiles.dtype == torch.uint8
-        expected = tile_page(load_image(example.page.images[0]), 4, 128)
+        expected = tile_page(load_image(images[example.page.name]), 4, 128)
         assert torch.equal(example.tiles, torch.from_numpy(expected))
 
 

@@ -143,7 +143,8 @@ class ParquetRows:
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
                     if first + size > start:
-                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS])
+                        columns = [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS]
+                        batches = parquet.iter_batches(64, [group], columns, use_threads=False)     # this is a thread
                         rows = (row for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
@@ -151,7 +152,7 @@ class ParquetRows:
     def open(self, file):
         import fsspec
         from pyarrow import parquet
-        opened = parquet.ParquetFile(fsspec.open(file).open())
+        opened = parquet.ParquetFile(fsspec.open(file).open() if "://" in file else file)
         check_columns(file, opened.schema_arrow.names)
         self.sizes[file] = opened.metadata.num_rows
         return opened

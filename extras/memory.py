@@ -106,6 +106,9 @@ class AttentionKernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
+        if name == "scaled_dot_product_attention":          # in inference mode it arrives here before it has chosen
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
         kernel = re.match("_scaled_dot_product_(.+?)_attention", name)
         if kernel or name in ("_softmax", "_safe_softmax"):
             queries, keys = (args[0].shape[-2], args[1].shape[-2]) if kernel else args[0].shape[-2:]

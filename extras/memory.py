@@ -17,7 +17,8 @@ from model.prompt import write_page
 
 # about a page of DocumentVQA
 QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4
-STEP_PAGES, SHARE = 8, 0.8              # pages of a step by default; the part of a GPU's memory that it may need
+STEP_PAGES = 8                          # of a step by default
+SHARE, WORK = 0.8, 1.0                  # of a GPU's memory, after WORK GB for what the encoder and one block need
 
 
 def peak_gb(device):
@@ -87,12 +88,12 @@ def choose_split(args, model):
 
 
 def fitting_pages(model, max_tiles, room):
-    """How many pages of a step, 8, 4, 2 or 1, are one micro-batch: the most that need at most SHARE of `room`, in GB.
+    """How many pages of a step, 8, 4, 2 or 1, are one micro-batch: the most that fit into `room`, in GB.
 
     More of them at once are as exact, and cost the host half the time a page.
     """
     needed, pages = step_gb(model, max_tiles, 1), STEP_PAGES
-    while pages > 1 and sum(needed.values()) + (pages - 1) * needed["activations"] > SHARE * room:
+    while pages > 1 and sum(needed.values()) + (pages - 1) * needed["activations"] > SHARE * (room - WORK):
         pages //= 2
     return pages
 

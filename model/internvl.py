@@ -105,7 +105,7 @@ class InternVL(nn.Module):
         the number of image tokens of a prompt is not that of its tiles.
         """
         device, per_tile, size = self.device, self.config.tokens_per_tile, self.config.vision.tile_pixels
-        row, spans, start = [], [], 0
+        row, start = [], 0
         for tiles, prompt in pages:
             if not isinstance(prompt, PromptTensors):
                 prompt = prompt.tensors(special_id(self.tokenizer, IMAGE_TOKEN))
@@ -114,13 +114,12 @@ class InternVL(nn.Module):
             if len(images) != len(tiles) * per_tile:
                 raise ValueError(f"{len(tiles)} tiles make {len(tiles) * per_tile} image tokens, "
                                  f"but the prompt has {len(images)}")
-            row.append((ids, positions, images + start, targets, answers + start, branches))
-            spans.append(prompt.span)
+            row.append((ids, positions, images + start, targets, answers + start, branches, prompt.span))
             start += len(ids)
-        *columns, branches = zip(*row)
+        *columns, branches, spans = zip(*row)
         tiles = [torch.as_tensor(tiles).to(device, non_blocking=True) for tiles, _ in pages if len(tiles)]
         tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8, device=device)
-        return Batch(tiles, *map(torch.cat, columns), list(branches), spans)
+        return Batch(tiles, *map(torch.cat, columns), list(branches), list(spans))
 
     def encode_images(self, tiles):
         """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); equal parts of `VISION_TILES` limit the memory."""

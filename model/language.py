@@ -90,9 +90,8 @@ def page_mask(branches, cache=None, span=None):
     causal = 0 if past else prefix
     if new - causal > 1 or new > causal and last > 1:       # one token of a page with one question sees all keys
         index = torch.arange(past + new, device=branches.device)
-        query = slice(past + causal, None)                                          # the tokens that need a mask
-        mask = (key_branches == 0) | (key_branches == key_branches[query, None])    # the prefix, or the own branch,
-        mask &= index <= index[query, None]                                         # and nothing later
+        mask = (key_branches == 0) | (key_branches == key_branches[past + causal:, None])   # the prefix, or the
+        mask &= index <= index[past + causal:, None]                                        # own branch; nothing later
     return PageMask(new, causal, mask, key_branches, last, cache)
 
 

@@ -8,6 +8,7 @@ import torch
 from extras.memory import (
     QUESTIONS,
     SHARE,
+    WORK,
     AttentionKernels,
     attention_kernels,
     choose_split,
@@ -63,7 +64,7 @@ def test_a_step_of_eight_pages_is_split_by_memory(tiny, capsys, monkeypatch):
     needed = step_gb(tiny, 12, 1)
     fixed, page = needed["in use now"] + needed["gradients and optimizer"], needed["activations"]
     for pages, most in ((8, 100), (8, 8.1), (4, 7.9), (4, 4.1), (2, 3.9), (1, 1.9), (1, 0.1)):
-        room = (fixed + most * page) / SHARE
+        room = (fixed + most * page) / SHARE + WORK
         assert fitting_pages(tiny, 12, room) == pytest.approx(pages), most
         monkeypatch.setattr("extras.memory.room_gb", lambda device: room)
         for device, given, expected in (("cuda", (None, None), (pages, 8 // pages)), ("cpu", (None, None), (1, 8)), ("cuda", (3, None), (3, 8)), ("cuda", (None, 2), (1, 2))):

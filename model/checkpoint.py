@@ -56,8 +56,11 @@ def resolve(name, seed=None, allow_changed=False):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         seed = settings["seed"] if settings["from_scratch"] else None
         folder, overlays, seed = resolve(settings["model"], seed, allow_changed)
-        if not allow_changed:
-            check_base(name, settings, fingerprint(folder, overlays, seed))
+        if "base_fingerprint" not in settings:
+            warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
+        elif not allow_changed and settings["base_fingerprint"] != fingerprint(folder, overlays, seed):
+            raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
+                             "back, or use this one with --allow-changed")
         return folder, [*overlays, trained], seed
     if (path / ADAPTER_CONFIG).is_file():
         folder, overlays, seed = resolve(read_adapter_config(path)[0], seed, allow_changed)
@@ -90,11 +93,16 @@ def checkpoint_name(step):
     return f"step-{step:07d}.safetensors"
 
 
+def step_of(name):
+    """The step in the name of a checkpoint file; None if it is not exactly such a name."""
+    number = re.match("step-([0-9]{7,18})", name)
+    return int(number[1]) if number and name == checkpoint_name(int(number[1])) else None
+
+
 def checkpoints(run):
-    """{step: file} of a run's checkpoints, by their exact names, the newest last."""
-    steps = {int(number[1]): path for path in Path(run, CHECKPOINTS).glob("step-*")
-             if (number := re.match("step-([0-9]+)", path.name)) and path.name == checkpoint_name(int(number[1]))}
-    return dict(sorted(steps.items()))
+    """{step: file} of a run's checkpoints, the newest last."""
+    paths = [path for path in Path(run, CHECKPOINTS).glob("step-*") if step_of(path.name) is not None]
+    return {step_of(path.name): path for path in sorted(paths, key=lambda path: step_of(path.name))}
 
 
 def latest_checkpoint(run):
@@ -111,47 +119,30 @@ def run_of(path):
 def fingerprint(folder, overlays=(), seed=None):
     """A hash, 16 hex digits, of a model as `resolve` found it: config, tokenizer, and its weights or their seed.
 
-    Of the weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
+    Of weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
     """
-    from model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-    total, weights = hashlib.sha256(f"{seed}".encode()), []
-    if seed is None:
-        weights = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-    whole = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
+    files = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
+    files += sorted(folder.glob("model*.safetensors")) if seed is None else ()
     for path in overlays:
-        whole += [path / ADAPTER_CONFIG] if path.is_dir() else []
-        weights.append(path / ADAPTER_WEIGHTS if path.is_dir() else path)
-    for path in filter(Path.is_file, whole):
-        total.update(path.name.encode() + path.read_bytes())
-    for path in weights:
-        try:
-            for part in parts_of(path):
-                total.update(part)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError, AttributeError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
+        files += sorted(path.glob("adapter_*")) if path.is_dir() else [path]
+    total = hashlib.sha256(f"{seed}".encode())
+    for path in filter(Path.is_file, files):
+        for part in (path.name.encode(), *(parts_of(path) if path.suffix == ".safetensors" else [path.read_bytes()])):
+            total.update(part)
     return total.hexdigest()[:16]
 
 
 def parts_of(path):
-    """Yield the header of a safetensors file, and the first 4 kB of each tensor."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        yield (header := file.read(min(size, MOST_HEADER)))
-        for name, tensor in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                file.seek(8 + size + begin)
-                yield file.read(min(end - begin, 4096))
-
-
-def check_base(name, settings, found):
-    """Raise InputError if the base model of a run is not the one that it was trained on. `found`: its fingerprint."""
-    if "base_fingerprint" not in settings:
-        warn(f"{name}: a run of an earlier version, without fingerprints; whether its base model changed is unknown")
-    elif settings["base_fingerprint"] != found:
-        raise InputError(f"{name}: its base model {settings['model']} is not the one it was trained on (fingerprint "
-                         f"{found}, expected {settings['base_fingerprint']}); bring that one back, or use this one "
-                         "with --allow-changed")
+    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            yield (header := file.read(min(size, MOST_HEADER)))
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(8 + size + begin)
+                    yield file.read(min(end - begin, 4096))
 
 
 def download(name, files):
@@ -341,3 +332,8 @@ def atomic_replace(path):
         os.replace(beside, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_left_behind(folder):
+    """Whether this is a folder of `atomic_replace` whose process was killed; `.tmp*` is safetensors' own."""
+    return folder.is_dir() and all(path.name == folder.stem or path.match(".tmp*") for path in folder.iterdir())

@@ -66,10 +66,10 @@ class RunFolder:
         """Note in the settings what the run is made of; returns whether that changed. Raises InputError, see below."""
         changed = getattr(self.args, key, found) != found
         if changed and not self.args.allow_changed:
-            raise InputError(f"{self.path}: the {what} changed since the run began; bring back what was there, or "
-                             "go on with --allow-changed")
+            raise InputError(f"{self.path}: the {what} is not what the run began with; bring that back, or continue "
+                             "with what is there: --allow-changed")
         if changed:
-            warn(f"the {what} changed since the run began")
+            warn(f"the {what} is not what the run began with")
         setattr(self.args, key, found)
         return changed
 
@@ -81,7 +81,7 @@ class RunFolder:
             found = data_fingerprint(args.eval_data, held_out, args.domain)
             self.compare("eval_data_fingerprint", found, f"validation data {args.eval_data}")
         hashes = ",".join(keep_images(page, args.allow_private) for page in pages)
-        if args.eval_every and self.compare("validation_pages", hashes, "validation pages"):
+        if args.eval_every and self.compare("validation_pages", hashes, "set of validation pages"):
             warn(f"validation begins anew; {METRICS} and {SAMPLES} lose what they say about the pages before")
             self.losses = {}
             keep_lines(self.path / METRICS, lambda line: "val_loss" not in line)

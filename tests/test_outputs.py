@@ -417,11 +417,11 @@ def test_validation_pages_that_are_missing_or_others_stop_a_resumed_run(fit, ref
     content = (tmp_path / "1.png").read_bytes()
     assert call(train, capsys, monkeypatch, "--resume", run, "--steps", 3)[0] == 0
     (tmp_path / "1.png").unlink()
-    assert "the validation pages changed" in refused(train, "--resume", run, "--steps", 4)
+    assert "the set of validation pages is not what the run began with" in refused(train, "--resume", run, "--steps", 4)
     shutil.copyfile(tmp_path / "2.png", tmp_path / "1.png")
-    assert "the validation pages changed" in refused(train, "--resume", run, "--steps", 4)
+    assert "the set of validation pages is not what the run began with" in refused(train, "--resume", run, "--steps", 4)
     (tmp_path / "1.png").write_bytes(content)
-    assert "the validation pages changed" in refused(train, "--resume", run, "--steps", 4, "--eval-pages", 3)
+    assert "the set of validation pages is not what the run began with" in refused(train, "--resume", run, "--steps", 4, "--eval-pages", 3)
     assert "the validation data" in refused(train, "--resume", run, "--steps", 4, "--eval-data", annotations(tmp_path / "w.jsonl", range(4)))
     status, _, err = call(train, capsys, monkeypatch, "--resume", run, "--steps", 4, "--eval-pages", 3, "--allow-changed")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -89,14 +89,10 @@ def read_settings(run):
         raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
 
 
-def checkpoint_name(step):
-    return f"step-{step:07d}.safetensors"
-
-
 def step_of(name):
-    """The step in the name of a checkpoint file; None if it is not exactly such a name."""
-    number = re.match("step-([0-9]{7,18})", name)
-    return int(number[1]) if number and name == checkpoint_name(int(number[1])) else None
+    """The step in the name of a checkpoint file; None if it is not exactly such a name: f"step-{step:07d}.safetensors"."""
+    found = re.fullmatch(r"step-([0-9]{7}|[1-9][0-9]{7,18})\.safetensors", name)
+    return found and int(found[1])
 
 
 def checkpoints(run):
@@ -255,16 +251,19 @@ def read_checkpoint(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata(), file.keys()
-            state, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            text, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            state = json.loads(text)
             if (run / SETTINGS).is_file() and metadata.get("run_id") != read_settings(run).get("run_id"):
                 raise InputError(f"{path}: a checkpoint of another run; move it away")
-            if checksum(names, file.get_tensor, state) != metadata["sha256"]:
+            if step_of(path.name) not in (None, state["step"]):
+                raise InputError(f"{path}: holds step {state['step']}; move it away, or name it after that")
+            if checksum(names, file.get_tensor, text) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
                 tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
-            return tensors["model"], tensors["optimizer"], json.loads(state), scale
+            return tensors["model"], tensors["optimizer"], state, scale
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:

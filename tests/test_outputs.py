@@ -340,6 +340,8 @@ def test_a_checkpoint_of_another_run_is_refused(fit, refused):
     assert "step-0000003.safetensors: a checkpoint of another run" in refused(train, "--resume", run, "--steps", 5)
     with pytest.raises(InputError, match="a checkpoint of another run"):
         InternVL.from_pretrained(run / "checkpoints" / "step-0000003.safetensors", "cpu")
+    shutil.copy(run / "checkpoints" / "step-0000001.safetensors", run / "checkpoints" / "step-0000003.safetensors")
+    assert "step-0000003.safetensors: holds step 1" in refused(train, "--resume", run, "--steps", 5)
 
 
 def test_a_checkpoint_is_known_by_its_exact_name(fit, tmp_path, capsys, monkeypatch):

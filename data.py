@@ -265,7 +265,7 @@ def page_key(row):
 
 
 def image_bytes(row):
-    """The image file of a row; empty, so that the page is named and skipped, where there is none."""
+    """The image file of a row; empty, so that the page is reported and skipped, where there is none."""
     image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"], "path": row["image"]}
     content, path = image.get("bytes"), image.get("path")
     if hasattr(content, "__bytes__"):

@@ -55,6 +55,17 @@ ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "te
                    "top_p": float_in(1e-6, 1), "seed": int_in(0)}
 
 
+def count(number, thing):
+    """1, 'page' -> '1 page'; 1200, 'page' -> '1,200 pages'."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def as_flag(name, value):
+    """'max_tiles', 6 -> '--max-tiles 6'; True: the flag alone; None or False: 'no --max-tiles'."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None or value is False else flag if value is True else f"{flag} {value}"
+
+
 def names_in(choices, what, more=""):
     """An argument type: names of `choices`, comma-separated. `what` and `more`: words of its error message."""
     def check(text):

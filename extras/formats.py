@@ -130,10 +130,10 @@ def question_answer_pairs(turns):
             raise InputError(f"{speaker} speaks where {'an answer' if is_answer else 'a question'} is expected; "
                              "questions and answers take turns")
         if number > has_system and not text.strip():
-            raise InputError("an empty answer: nothing could be learned from it" if is_answer else "an empty question")
+            raise InputError("an empty answer; there is nothing to train on" if is_answer else "an empty question")
     system = texts.pop(0) if has_system else None
     if not texts or len(texts) % 2:
-        raise InputError("the last turn is no answer; expected questions and answers to take turns")
+        raise InputError("the last turn is not an answer; expected questions and answers to take turns")
     return system, list(zip(texts[::2], texts[1::2]))
 
 
@@ -153,7 +153,7 @@ def place_images(turns, listed, first=0):
         return listed, turns
     if found.count(None) != len(listed):
         raise InputError(f"{found.count(None)} {PLACEHOLDER} and {len(listed)} images; "
-                         "expected one place an image, or none")
+                         "expected one for each image, or none")
     if "" in found:
         raise InputError("an <img></img> without a path")
     waiting = iter(listed)
@@ -243,7 +243,7 @@ def read_json(path, text, line=1):
     try:
         return f"{path}:{line}", json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"no JSON ({error})")
+        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"not JSON ({error})")
 
 
 # ------------------------------------------------------------------------------------------------------------- mixtures

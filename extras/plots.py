@@ -64,7 +64,7 @@ def draw_curve(folder, lines):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
+    axes.set(xlabel="step", ylabel="loss per answer token")
     axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(alpha=0.3)
     scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]

@@ -46,7 +46,7 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True):
 def count_rows(rows, name):
     """The number of the rows that `open_rows(name)` gave. Raises InputError where it is unknown, or without end."""
     if not hasattr(rows, "__len__"):
-        reason = "drawn without an end" if is_synthetic(name) else "not parquet, so their number is unknown"
+        reason = "drawn without end" if is_synthetic(name) else "not parquet, so their number is unknown"
         raise InputError(f"{name}: its rows are {reason}; give the length of the run with --steps")
     return len(rows)
 

@@ -199,10 +199,10 @@ class SyntheticRows:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("count", type=int)
-    parser.add_argument("--domain", choices=DOMAINS, default="plain")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where the pages and questions.jsonl go")
+    parser.add_argument("count", type=int, help="number of pages")
+    parser.add_argument("--domain", choices=DOMAINS, default="plain", help="look of the pages (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pages (%(default)s)")
     settings = parser.parse_args()
     settings.folder.mkdir(parents=True, exist_ok=True)
     with open(settings.folder / "questions.jsonl", "w", encoding="utf-8") as file:

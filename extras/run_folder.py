@@ -55,7 +55,7 @@ class RunFolder:
         self.micro_batches = []         # examples of the step that runs, for messages
 
     def compare(self, key, found, what):
-        """Note in the settings what the run is made of; returns whether that changed. Raises InputError, see below."""
+        """Note in the settings what the run is made of; returns whether it changed. Needs --allow-changed if it did."""
         changed = getattr(self.args, key, found) != found
         if changed and not self.args.allow_changed:
             raise InputError(f"{self.path}: the {what} is not what the run began with; bring that back, or continue "

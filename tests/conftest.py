@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+import embedded  # noqa: E402, F401  before any module takes TINY
 from reference import randomise  # noqa: E402
 
 from model import InternVL  # noqa: E402
@@ -70,5 +71,6 @@ def wide(wide_folder):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "official: about a whole published model; another projector may break it")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch.compile
     config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create")     # more workers than cores, on purpose

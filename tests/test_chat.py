@@ -20,7 +20,7 @@ def noise(width, height, seed=0):
 def anew(model, pictures, turns, count, images=None):
     """The answer's tokens when the whole conversation is read in one piece."""
     tiles = [tile_page(picture, 12, 128) for picture in pictures]
-    prompt = conversation_prompt(model.tokenizer, 64, [len(t) for t in tiles], turns, images)
+    prompt = conversation_prompt(model.tokenizer, model.config.tokens_per_tile, [len(t) for t in tiles], turns, images)
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     return [step[0] for step in generate(model, [(stacked, prompt)], count)]
 
@@ -45,7 +45,7 @@ def test_turn_3_equals_the_reference_token_by_token(wide):
         chat.ask(question, *([] if chat.turns else [page]))
     tiles = torch.from_numpy(tile_page(page, 2))
     turns = [(turn.question, turn.answer) for turn in chat.turns]
-    prompt = conversation_prompt(wide.tokenizer, 256, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
+    prompt = conversation_prompt(wide.tokenizer, wide.config.tokens_per_tile, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
     assert chat.report["tokens"] == reference_answer(reference, wide, tiles, prompt, 8)
 
 

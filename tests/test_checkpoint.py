@@ -34,6 +34,7 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.official
 def test_the_full_model_has_the_official_637_tensors():
     with torch.device("meta"):
         model = InternVL(Config())

@@ -57,16 +57,16 @@ def our_answers(model, count=12):
     answers = []
     for image, question in asked():
         tiles = tile_page(image, 12, 128)
-        prompt, _ = page_prompt(model.tokenizer, 64, [len(tiles)], [question])
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         answers.append([step[0] for step in generate(model, [(tiles, prompt)], count)])
     return answers
 
 
-def their_answers(reference, tokenizer, count=12):
+def their_answers(reference, model, count=12):
     answers = []
     for image, question in asked():
         tiles = tile_page(image, 12, 128)
-        prompt, _ = page_prompt(tokenizer, 64, [len(tiles)], [question])
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         ids = torch.tensor([prompt.ids])
         out = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=reference_pixels(tiles),
                                  max_new_tokens=count, do_sample=False)
@@ -74,6 +74,7 @@ def their_answers(reference, tokenizer, count=12):
     return answers
 
 
+@pytest.mark.official
 def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, export):
     run = make_run(*RUN)
     answers = our_answers(InternVL.from_pretrained(run, "cpu"))
@@ -82,10 +83,10 @@ def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, e
     official = export(run, "official")
     assert load_file(official / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
     assert our_answers(InternVL.from_pretrained(official, "cpu")) == answers
-    reference = reference_model(InternVL.from_pretrained(official, "cpu"))               # loads strictly, by its own key map
+    reference = reference_model(InternVL.from_pretrained(official, "cpu"), whole=True)               # loads strictly, by its own key map
     reference.generation_config.eos_token_id = InternVL.from_pretrained("tiny", "cpu").tokenizer.eos_token_id
     reference.generation_config.pad_token_id = 0
-    assert their_answers(reference, InternVL.from_pretrained("tiny", "cpu").tokenizer) == answers
+    assert their_answers(reference, InternVL.from_pretrained("tiny", "cpu")) == answers
     (run / "model.safetensors").unlink()                                                # interrupted: the checkpoint is merged
     assert our_answers(InternVL.from_pretrained(run, "cpu")) == answers
     adapter = export(run, "peft")
@@ -93,6 +94,7 @@ def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, e
 
 
 @pytest.mark.parametrize("layout", ["transformers", "native"])           # two names of one layout
+@pytest.mark.official
 def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make_run, export, layout):
     folder = export(make_run(*RUN), layout)
     model = InternVL.from_pretrained(folder.parent / "run", "cpu")
@@ -102,7 +104,7 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
     assert theirs.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
     tokenizer, processor = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
-    assert their_answers(theirs, tokenizer) == our_answers(model)
+    assert their_answers(theirs, model) == our_answers(model)
     for image, question in asked():                                                     # the folder's own recipe for a prompt
         tiles = tile_page(image, 12, 128)
         pixels = processor(image.convert("RGB"), return_tensors="pt").pixel_values
@@ -111,7 +113,7 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
                                              tokenize=False, add_generation_prompt=True)
         span = tokenizer.start_image_token + tokenizer.context_image_token * 64 * len(tiles) + tokenizer.end_image_token
         ids = tokenizer(text.replace(IMAGE_TOKEN, span), add_special_tokens=False).input_ids
-        assert ids == page_prompt(model.tokenizer, 64, [len(tiles)], [question])[0].ids
+        assert ids == page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])[0].ids
 
 
 class Skeleton(torch.nn.Module):
@@ -131,6 +133,7 @@ class Skeleton(torch.nn.Module):
             setattr(module, leaf, torch.nn.Parameter(tensor.clone()))
 
 
+@pytest.mark.official
 def test_peft_loads_our_adapter_on_the_official_names_and_merges_it_to_our_weights(make_run, export):
     run = make_run(*RUN)
     folder = export(run, "peft")
@@ -150,7 +153,7 @@ def test_peft_loads_an_llm_adapter_on_transformers_model_and_answers_the_same(ma
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = InternVL.from_pretrained("tiny", "cpu").tokenizer.eos_token_id, 0
     peft = PeftModel.from_pretrained(base, folder, key_mapping={r"^language_model\.model": "model.language_model"})
     model = InternVL.from_pretrained(run, "cpu")
-    assert their_answers(peft, model.tokenizer) == our_answers(model) != our_answers(InternVL.from_pretrained("tiny", "cpu"))
+    assert their_answers(peft, model) == our_answers(model) != our_answers(InternVL.from_pretrained("tiny", "cpu"))
 
 
 @pytest.mark.parametrize("pattern, whole", [
@@ -158,12 +161,13 @@ def test_peft_loads_an_llm_adapter_on_transformers_model_and_answers_the_same(ma
     (r"model\.vision_tower\..*\.(k_proj|q_proj|v_proj|projection_layer|fc1|fc2)", ["multi_modal_projector"]),
     (r"model\.vision_tower\..*\.(q_proj|v_proj)|.*linear_1", None),              # no key: its third of qkv stays as it is
 ])
+@pytest.mark.official
 def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
     tiny = InternVL.from_pretrained("tiny", "cpu")
     page = example(tiny)
     page.page.questions, page.page.answers = page.page.questions[:1], page.page.answers[:1]
     page = PageDataset(tiny, 4)[page.page]
-    peft = get_peft_model(reference_model(tiny), LoraConfig(r=3, lora_alpha=7, target_modules=pattern, modules_to_save=whole, use_rslora=whole is None))
+    peft = get_peft_model(reference_model(tiny, whole=True), LoraConfig(r=3, lora_alpha=7, target_modules=pattern, modules_to_save=whole, use_rslora=whole is None))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in peft.named_parameters():
         if parameter.requires_grad:
@@ -206,6 +210,7 @@ def test_what_is_no_adapter_is_not_exported_as_one(make_run, tmp_path, capsys, m
     assert "write it with --format official" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "out", "--format", "peft")
 
 
+@pytest.mark.official
 def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_tokens(tokenizer, tmp_path):
     with torch.device("meta"):
         model = InternVL(Config())
@@ -224,6 +229,7 @@ def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_token
     assert len(again) == len(tokenizer) == 151655 and ids == page_prompt(tokenizer, 256, [1], ["总金额 What?"])[0].ids
 
 
+@pytest.mark.official
 def test_an_export_carries_a_model_card_and_goes_to_the_hub(tmp_path, capsys, monkeypatch):
     run, sent = tmp_path / "run", []
     status, _, err = call(train, capsys, monkeypatch, "--tiny", "--train", "lora", "--steps", 2, "--accumulate", 2, "--eval-every", 2, "--eval-pages", 4, "--out", run)

@@ -97,7 +97,7 @@ def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny)
     pages = [page for i in range(3) for page in group_rows_into_pages(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
     assert contents(pages)[0] == contents(pages)[1] == contents(pages)[2]
     example = PageDataset(tiny, 4)[pages[0]]
-    whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+    whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, example.tile_counts, turns)
     skip = len(tiny.tokenizer("Be brief.").input_ids) - 1           # the model's own system sentence is one token
     assert example.prompt.ids[-60:] == whole.ids[-60:] and example.prompt.labels[-60:] == whole.labels[-60:]
     assert example.prompt.positions == list(range(len(whole.ids) + skip)) and set(example.prompt.branches) == {0, 1}
@@ -130,13 +130,13 @@ def test_images_in_the_text_stay_where_they_are(asked, tmp_path, tiny):
         counts = [len(tile_page(load_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
         assert example.tile_counts == counts and len(example.tiles) == sum(counts)
         if example.page is not pages[2]:
-            whole = conversation_prompt(tiny.tokenizer, 64, counts, turns)
+            whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, counts, turns)
             assert (example.prompt.ids, example.prompt.labels) == (whole.ids, whole.labels)
             assert example.prompt.positions == list(range(len(whole.ids)))
     with torch.no_grad():                                       # split into prefix and branch or not: the loss is the same
         for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
             if example.page is not pages[2]:
-                whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+                whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, example.tile_counts, turns)
                 losses = [loss_of(tiny, [(example.tiles, prompt)]).item() for prompt in (example.prompt, whole)]
                 assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -54,7 +54,7 @@ def test_json_says_what_was_read_and_answered(ask, page, tiny):
     result = json.loads(ask("--image", page, "--json", "What is the total?"))
     assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
     tiles = tile_page(load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the total?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [5], [("What is the total?", None)])
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
     assert result["answer"] == tiny.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -95,7 +95,7 @@ def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
     tiles = tile_page(load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == decode(tiny, tokens)
 

@@ -33,6 +33,7 @@ def test_all_linear_layers_of_both_towers_and_no_other_are_int8(tiny):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.official
 def test_the_embedded_model_still_reads(dtype):
     import bench_tiny
     right = bench_tiny.score(to_int8(InternVL.from_pretrained("tiny", "cpu", dtype)), "plain", None, questions=60)[0]

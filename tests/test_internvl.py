@@ -94,8 +94,8 @@ def test_a_page_equals_separate_samples_in_float64(double, sizes):
         tiles = torch.randint(256, (1 + n % 3, 3, 128, 128), dtype=torch.uint8)
         asked = [(f"Question {'x' * (i * 5)}?", "answer " * (1 + i * i)) for i in range(n)]
         questions, answers = zip(*asked)
-        pages.append((tiles, page_prompt(double.tokenizer, 64, [len(tiles)], questions, answers)[0]))
-        singles += [(tiles, page_prompt(double.tokenizer, 64, [len(tiles)], [q], [a])[0]) for q, a in asked]
+        pages.append((tiles, page_prompt(double.tokenizer, double.config.tokens_per_tile, [len(tiles)], questions, answers)[0]))
+        singles += [(tiles, page_prompt(double.tokenizer, double.config.tokens_per_tile, [len(tiles)], [q], [a])[0]) for q, a in asked]
     loss, grad = gradient(double, pages)
     expected = [gradient(double, [single]) for single in singles]
     assert loss == pytest.approx(sum(l for l, _ in expected), rel=1e-10)
@@ -172,13 +172,13 @@ def test_one_batch_overfits(tiny):
 
 
 def test_image_tokens_and_tiles_must_agree(tiny):
-    prompt, _ = page_prompt(tiny.tokenizer, 64, [2], ["What?"], ["x"])
+    prompt, _ = page_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [2], ["What?"], ["x"])
     with pytest.raises(ValueError, match="3 tiles make 192 image tokens, but the prompt has 128"):
         tiny.pack([(torch.zeros(3, 3, 128, 128, dtype=torch.uint8), prompt)])
 
 
 def test_a_page_without_images_is_read(tiny):
-    prompt, _ = page_prompt(tiny.tokenizer, 64, [], ["What?", "Who?"], ["x", "y"])
+    prompt, _ = page_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [], ["What?", "Who?"], ["x", "y"])
     reference = reference_model(tiny)
     batch = tiny.pack([([], prompt)])
     with torch.no_grad():

@@ -70,6 +70,13 @@ def wide(wide_folder):
     return InternVL.from_pretrained(wide_folder, device="cpu")
 
 
+def pytest_collect_file(file_path, parent):
+    """`pytest tests/exercises` runs the exercises, which are red until they are solved; `pytest tests` leaves them alone."""
+    folder, session = ROOT / "tests" / "exercises", parent.session
+    if file_path.parent == folder and file_path.match("exercise_*.py") and session.isinitpath(folder) and not session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "official: about a whole published model; another projector may break it")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch.compile

@@ -57,7 +57,7 @@ def test_a_turn_reads_its_own_tokens_only_and_sees_no_tile_twice(tiny, monkeypat
     chat.ask("What?", noise(256, 256))
     first = chat.read
     chat.ask("And the other?")
-    assert first > 5 * 64 and chat.read < 64 and seen == [5]
+    assert first > 5 * tiny.config.tokens_per_tile and chat.read < 40 and seen == [5]
     chat.undo()
     chat.undo()
     chat.ask("Which?")                              # the image waited for this question; its prefix is in the cache
@@ -140,10 +140,11 @@ def test_settings_are_the_conversations_or_one_questions(tiny):
 
 @pytest.mark.parametrize("question, images, message", [
     ("", 0, "the question is empty"), (" \n", 1, "the question is empty"),
-    ("word " * 10_000, 0, "exceed the model's 2048"), ("What?", 40, "exceed the model's 2048"),
+    ("word " * 10_000, 0, "exceed the model's 2048"), ("What?", None, "exceed the model's 2048"),
     ("<image>?", 2, "2 images, but 1 <image>")])
 def test_a_question_that_cannot_be_asked_changes_nothing(tiny, question, images, message):
     chat = tiny.chat(max_new_tokens=5)
+    images = 2048 // tiny.config.tokens_per_tile + 1 if images is None else images
     chat.ask("A?")
     with pytest.raises(InputError, match=message):
         chat.ask(question, *[noise(128, 128)] * images)

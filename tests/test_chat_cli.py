@@ -17,6 +17,7 @@ from PIL import Image
 from extras import chat_cli
 from extras.chat_cli import ChatShell, answer_one, stats_line
 from model import InputError
+from model.checkpoint import TINY
 
 
 class Terminal(io.StringIO):
@@ -137,7 +138,7 @@ def test_a_short_answer_has_no_rate(tiny):
 def test_a_real_terminal():
     """Through a pseudo-terminal: prompt, history, an answer as it comes, Ctrl-C at the prompt, Ctrl-D."""
     controller, terminal = pty.openpty()
-    shell = subprocess.Popen([sys.executable, "infer.py", "--tiny", "--max-new-tokens", "8"], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
+    shell = subprocess.Popen([sys.executable, "infer.py", "--tiny", "--model", TINY, "--max-new-tokens", "8"], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
                              start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))         # so that ^C is a signal
     os.close(terminal)
     seen = ""

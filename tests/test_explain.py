@@ -100,7 +100,7 @@ def test_every_step_tells_its_shapes_and_its_file(explained):
     assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
                     "6, 96", "6, 288"]
     files = [re.findall(r"<code>([\w/]+\.py)</code>", where) for where in re.findall(r"<p class='where'>(.*?)</p>", text)]
-    assert len(files) == text.count("<h2>") == 8 and all(files)
+    assert len(files) == text.count("<h2>") and all(files)
     assert all((ROOT / name).exists() for names in files for name in names)
 
 

@@ -239,7 +239,7 @@ MALFORMED = [                           # a line, and what is told of it
     ("{", "no JSON"), ('{"a": 1,}', "no JSON"), ("nonsense", "no JSON"), ('{"query": "a" "response": "b"}', "no JSON"), ("{'query': 'a'}", "no JSON"),
     ('{"query": "a", "response": "b"', "no JSON"), ('{"query": "a", "response": "b"}}', "no JSON"),
     (5, "5; expected an object"), ("null", "missing; expected an object"), ('"text"', '"text"; expected an object'), (True, "true; expected an object"),
-    ({}, "none of the keys conversations, messages, query, food_meta, question (found: none)"), ({"text": "x"}, "(found: text)"),
+    ({}, f"none of the keys {', '.join(FORMATS)} (found: none)"), ({"text": "x"}, "(found: text)"),
     ({"instruction": "x", "output": "y"}, "(found: instruction, output)"),
     ([], "turns are []"), ({"conversations": []}, "turns are []"), ({"conversations": None}, "turns are missing"),
     ({"conversations": "x"}, 'turns are "x"; expected a list'), ({"messages": {}}, "turns are {}"), ({"conversations": [5]}, "turn 1 is 5"),
@@ -333,11 +333,11 @@ def test_lists_and_mixtures_name_the_entry_and_broken_json_its_line(tmp_path, ca
         assert f"a.json{place}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
 
 
-def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkeypatch):
+def test_check_finds_nothing_wrong_with_right_files(files, asked, tiny, capsys, monkeypatch):
     status, out, _ = call(data, capsys, monkeypatch, "check", *files.values())
     assert status == 0 and len(out.splitlines()) == len(files)
     assert all(f"all is right; {len(asked[1])} rows, 8 pages, {len(asked[1])} questions" in line for line in out.splitlines())
-    status, out, _ = call(data, capsys, monkeypatch, "check", files["internvl.jsonl"], "--model", "tiny", "--max-length", 350)
+    status, out, _ = call(data, capsys, monkeypatch, "check", files["internvl.jsonl"], "--model", "tiny", "--max-length", 5 * tiny.config.tokens_per_tile + 30)
     assert status == 1 and "does not fit" in out and "internvl.jsonl:" in out.splitlines()[0]
     assert "nowhere" in refuses(data, capsys, monkeypatch, "check", "nowhere.jsonl")
 
@@ -349,15 +349,15 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
-    n = len(example.tiles)
+    n, tokens = len(example.tiles), tiny.config.tokens_per_tile
     drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*load_image(page.images[0]).size, 12, 128))
-    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], 64).tobytes()
+    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], tokens).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
-    assert f"<IMG_CONTEXT> x {n * 64}" in out
-    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
+    assert f"<IMG_CONTEXT> x {n * tokens}" in out
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * tokens} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"

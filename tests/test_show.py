@@ -36,7 +36,7 @@ def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, m
     prompt, _ = page_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [1], ["What?\x1b[2J"], ["你\u202e!"])
     at = range(len(prompt.ids))
     text = "|".join(runs_of_tokens(prompt, at, tiny.tokenizer))
-    assert "<IMG_CONTEXT> x 64" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
+    assert f"<IMG_CONTEXT> x {tiny.config.tokens_per_tile}" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
     assert "\x1b" not in text and "?|\N{REPLACEMENT CHARACTER}|[|2|J" in text
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "|".join(runs_of_tokens(prompt, at, tiny.tokenizer)) == text.replace("[你", "\033[1;32m[你").replace("|>]", "|>]\033[0m")

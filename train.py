@@ -105,7 +105,7 @@ def add_file_flags(parser):
     flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best one (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
-    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
+    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run as a model folder; merges LoRA adapters")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
          help="layout of the exported folder; native is the old name of transformers (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")

@@ -1,22 +1,28 @@
 """What we write opens elsewhere and answers the same; what PEFT writes opens here."""
+import importlib.util
 import json
+import random
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import call, refuses, train
-from conftest import real
+from conftest import ROOT, SHARED, real
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
+from PIL import Image
+from reference import conversation_prompt, page_prompt, reference_model, reference_pixels, transformers_tensors
 from safetensors.torch import load_file, save_file
 from small_data import mixed_rows
 from test_lora import LLM_LEAVES, example, logits
 from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from data import PageDataset, group_rows_into_pages
-from extras.export import transformers_files
+from extras.export import add_chat_template, transformers_files
 from model import InputError, InternVL
 from model.checkpoint import TINY
 from model.config import Config
@@ -25,6 +31,8 @@ from model.images import load_image
 from model.names import official_name
 from model.prompt import IMAGE_TOKEN
 from model.tiling import tile_page
+from model.tiny.pages import draw_page
+from model.tokenizer import load_tokenizer
 
 RUN = "--tiny", "--train", "projector,lora", "--lora-targets", "llm,vision", "--lora-rank", 4, "--lr", "projector=5e-3,lora=3e-3"
 
@@ -115,6 +123,110 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
         ids = tokenizer(text.replace(IMAGE_TOKEN, span), add_special_tokens=False).input_ids
         assert ids == page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])[0].ids
 
+
+# ---------------------------------------------------------------------------------------------------------- model cards
+
+class Processor:
+    """AutoProcessor where torchvision is missing: tokenizer and image processor of the folder, put together as there."""
+
+    def __init__(self, folder):
+        self.tokenizer, self.images = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
+        self.per_tile, self.decode = json.loads((Path(folder) / "processor_config.json").read_text())["image_seq_length"], self.tokenizer.decode
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls(folder)
+
+    def apply_chat_template(self, messages, **how):
+        assert how == dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        pixels = self.images(messages[0]["content"][0]["image"], return_tensors="pt").pixel_values
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = text.replace(IMAGE_TOKEN, f"<img>{IMAGE_TOKEN * self.per_tile * len(pixels)}</img>")
+        return {**self.tokenizer(text, add_special_tokens=False, return_tensors="pt"), "pixel_values": pixels}
+
+
+class OfficialModel:
+    """What model cards use of the official InternVLChatModel, by transformers' model with the weights of the folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype):
+        model = cls()
+        model.ours = InternVL.from_pretrained(folder, "cpu")
+        model.eval = model.cuda = lambda: model
+        return model
+
+    def chat(self, tokenizer, pixels, question, generation_config):
+        assert generation_config.keys() <= {"max_new_tokens", "do_sample"} and pixels.dtype == torch.bfloat16
+        text = tokenizer.apply_chat_template([{"role": "user", "content": f"<image>\n{question}"}], tokenize=False, add_generation_prompt=True)
+        text = text.replace("<image>", f"<img>{IMAGE_TOKEN * self.ours.config.tokens_per_tile * len(pixels)}</img>")
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        out = reference_model(self.ours, whole=True).generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels.float(), pad_token_id=0,
+                                                              eos_token_id=tokenizer.eos_token_id, **generation_config)
+        return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def dynamic_preprocess(image, min_num=1, max_num=6, image_size=448, use_thumbnail=False):
+    return [Image.fromarray(tile.transpose(1, 2, 0)) for tile in tile_page(image, max_num, image_size, use_thumbnail)]
+
+
+def build_transform(is_train, input_size):
+    return lambda tile: reference_pixels(torch.tensor(list(tile.tobytes())).view(input_size, input_size, 3).permute(2, 0, 1))
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    """The programs that model cards open a folder with, as far as they are missing here. The official code needs a GPU."""
+    if not importlib.util.find_spec("torchvision"):
+        monkeypatch.setattr("transformers.AutoProcessor", Processor)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    for name, more in (("internvl", {}), ("internvl.model", {}), ("internvl.model.internvl_chat", {"InternVLChatModel": OfficialModel}), ("internvl.train", {}),
+                       ("internvl.train.dataset", {"build_transform": build_transform, "dynamic_preprocess": dynamic_preprocess})):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**more))
+
+
+@pytest.mark.official
+def test_the_lines_of_a_model_card_open_its_folder(make_run, targets, tmp_path, capsys, monkeypatch):
+    """Each prints the answer that the run gives, another one than that of its base model."""
+    draw_page(random.Random(3))[0].save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    run = make_run("--tiny", "--train", "projector,lora", "--lr", "1e-2")
+    base, answer = (InternVL.from_pretrained(name, "cpu").chat(max_new_tokens=64).ask("What is the date?", "page.png") for name in ("tiny", run))
+    assert base != answer
+    for layout in ("official", "transformers", "peft"):
+        status, out, err = call(train, capsys, monkeypatch, "--export", run, tmp_path / layout, "--format", layout)
+        card = (tmp_path / layout / "README.md").read_text()
+        assert status == 0 and ("merged into these weights" in card) == (layout != "peft") == ("adapters are merged" in out), err
+        for command in re.findall(r"^python train.py (.*)$", card, re.MULTILINE):
+            monkeypatch.chdir(ROOT)
+            assert call(train, capsys, monkeypatch, *command.replace(" base ", f" {tmp_path / 'base'} ").split())[0] == 0
+            monkeypatch.chdir(tmp_path)
+        [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(lines.replace("FOLDER", layout), {})
+        assert capsys.readouterr().out.strip() == answer, layout
+
+
+def test_a_chat_template_writes_the_prompts_of_this_code(tmp_path, request):
+    """Whole conversations and open ones, with and without images; other programs read it from an official export."""
+    for source in (TINY, SHARED / "internvl2-1b"):
+        if not source.exists():
+            continue
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "loose"))
+        add_chat_template(folder)
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        assert tokenizer("What?").input_ids == load_tokenizer(source)("What?").input_ids
+        for turns in ([("总金额 What?", None)], [("What?", "It's 7."), ("And <b>then</b>?\n", None)], [("Hm", "ok"), ("Why?", "so")]):
+            for images in ([], [2], [1, 3]):
+                said = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn) if text]
+                said[0]["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": turns[0][0]}]
+                text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=turns[-1][1] is None)
+                for tiles in images:
+                    text = text.replace(IMAGE_TOKEN, f"<img>{'+' * 4 * tiles}</img>", 1)
+                expected = conversation_prompt(tokenizer, 4, images, turns)
+                assert tokenizer(text.replace("+", IMAGE_TOKEN), add_special_tokens=False).input_ids == expected.ids
+
+
+# ----------------------------------------------------------------------------------------------------------------- PEFT
 
 class Skeleton(torch.nn.Module):
     """Linear layers and parameters under official names, as the official code's modules hold them; nothing is computed."""

@@ -45,7 +45,7 @@ def page(tmp_path):
 
 def test_answers_and_their_speed(talk, page, tiny):
     out, err, chat = talk(f"/image {page}", "What?", "", "And?", "/settings max_new_tokens 3", "Why?")
-    assert out.splitlines() == [turn.answer for turn in chat.turns] and len(chat.turns) == 3
+    assert out.split("\n") == [*(turn.answer for turn in chat.turns), ""] and len(chat.turns) == 3
     assert "image 1: 128 x 128 pixels, 1 tiles" in err and "max_new_tokens 3" in err
     stats = re.findall(r"\[1 tiles, [\d,]+ tokens, [\d,]+ of them new; first token after [\d.]+ s(, then [\d.]+ per second)?\]", err)
     assert [bool(rate) for rate in stats] == [True, True, False]            # of three tokens there is no rate
@@ -55,7 +55,7 @@ def test_answers_and_their_speed(talk, page, tiny):
 def test_every_command_is_in_help_and_quit_exit_and_the_end_of_input_end_it(talk):
     _, err, _ = talk("/help")
     listed = re.findall("^(?:> )*/([a-z]+)", err, re.MULTILINE)
-    assert listed == ["image", "video", "undo", "clear", "settings", "help", "quit"] and "/exit" in err
+    assert {"image", "video", "undo", "clear", "settings", "help", "quit"} <= set(listed) and "/exit" in err
     for end in ("/quit", "/exit", "/quit now"):
         assert talk(end, "What?")[0] == "" == talk(end, "What?", typed=False)[0]
     assert talk("EOF", "What?")[0] == ""                                    # as cmd has it

@@ -109,7 +109,7 @@ def read_entry(entry):
     history, question_start, rest = images_first(turns)
     ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted_answers(entry) if key == "question" else None,
+            "accepted": accepted_answers(entry) if key == "question" else None, "instruction": "",
             "question_types": entry.get("question_types") or [],
             "questionId": next((name for name in ids if name is not None), None),
             "key": hashlib.sha1(repr(images or turns).encode()).hexdigest()}

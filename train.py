@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
-from extras.cli import OneLineParser, add_switch, as_flag, count, float_in, int_in, names_in, run
+from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
@@ -54,6 +54,7 @@ def add_data_flags(parser):
          "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
          "20, which is then not trained on)")
+    add_row_flags(flag)
     flag("--domain", default="plain", help="look of synthetic pages, comma-separated (%(default)s)")
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
@@ -187,7 +188,7 @@ def refuse_another_run(parser, args, kept):
     advice = f"; to change it, begin a new run with --model {args.resume}"
     if args.out != args.resume:
         parser.error(f"--out {args.out}: --resume continues in its own folder" + advice)
-    for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
+    for key in (*FIXED, *(("batch_pages", "max_tiles", "instruction") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: the run began with another value" + advice)
     if holds_out(vars(args)) != holds_out(kept) and any(Path(name).is_file() for name, _ in named_parts(args.data)):
@@ -300,12 +301,12 @@ def training_steps(loader, skips, args):
 def open_data(args, model, state, skips):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
     hold_out = holds_out(vars(args))
-    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
+    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
     dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
     if args.eval_every:
-        held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
-        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
+        held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
+        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
@@ -313,7 +314,8 @@ def open_data(args, model, state, skips):
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
-                         (dataset.size, args.batch_pages) if args.group_by_length else None)
+                         (dataset.size, args.batch_pages) if args.group_by_length else None,
+                         instruction=args.instruction)
     loader = load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda"))
     return pages, validation, training_steps(loader, skips, args), all_rows
 

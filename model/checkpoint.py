@@ -81,6 +81,12 @@ def read_settings(run):
         raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
 
 
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
+
+
 def latest_checkpoint(run):
     """The newest checkpoint file of a run, or None."""
     return max(Path(run, CHECKPOINTS).glob("step-*.safetensors"), default=None)

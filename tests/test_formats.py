@@ -77,7 +77,7 @@ def test_a_file_gives_the_pages_of_the_hub_layout(receipts, tmp_path):
         pages = pages_of(file)
         assert len(pages) == len(hub) == 24, name
         for page, other in zip(pages, hub):
-            assert [question + INSTRUCTION for question in page.questions] == other.questions and page.answers == other.answers
+            assert (page.questions, page.answers) == (other.questions, other.answers) and (page.instruction, other.instruction) == ("", INSTRUCTION)
             assert open(page.images[0], "rb").read() == other.images[0]
 
 
@@ -233,6 +233,10 @@ def chat(*said, **more):
     return {"conversations": [{"from": who, "value": text} for who, text in said], **more}
 
 
+def said(content):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]}
+
+
 Q, A = ("human", "What?"), ("gpt", "This.")
 IMAGE_Q = ("human", "<image>\nWhat?")
 MALFORMED = [                           # a line, and what is reported about it
@@ -259,7 +263,13 @@ MALFORMED = [                           # a line, and what is reported about it
     ({"query": "x", "response": "y", "history": "z"}, 'turns are "z"'), ({"query": "x", "response": "y", "history": [["z"]]}, 'turn 1 is ["z"]; expected [question, answer]'),
     (chat(IMAGE_Q, A), "1 <image> and 0 images"), (chat(("human", "<image><image>"), A, image="page 0.png"), "2 <image> and 1 images"),
     (chat(IMAGE_Q, A, image=["page 0.png", "page 1.png"]), "1 <image> and 2 images"), (chat(Q, A, image=5), "image is [5]; expected a path"),
-    (chat(Q, A, image=[""]), 'image is [""]'), (chat(Q, A, image={"path": "x"}), 'image is [{"path": "x"}]'), (chat(("human", "<img></img>x"), A), "an <img></img> without a path"),
+    (chat(Q, A, image=[""]), 'image is [""]'), (chat(Q, A, image={"file": "x"}), 'image is [""]'), (chat(Q, A, image={"path": "lost.png"}), "lost.png: no such file"),
+    (chat(Q, A, image="data:image/png;base64,iVBORw0KGgo="), 'an image inside the row, "data:image/png;base64,iVBORw0KGgo="; write it to a file'),
+    (said([{"type": "video", "video": "x.mp4"}, {"type": "text", "text": "What?"}]), "KeyError: 'video'"),
+    (said([{"type": "image"}, {"type": "text", "text": "What?"}]), "1 <image> and 0 images"),
+    (said([{"type": "image_url", "image_url": {"url": "gone.png"}}, {"type": "text", "text": "What?"}]), "gone.png: no such file"),
+    (said([{"text": "What?"}]), "KeyError: 'type'"),
+    (chat(("human", "<img></img>x"), A), "an <img></img> without a path"),
     (chat(IMAGE_Q, A, image="nowhere.png"), "nowhere.png: no such file"), (chat(IMAGE_Q, A, image="broken.png"), "broken.png as an image"),
     (chat(IMAGE_Q, A, image="cut.png"), "cut.png as an image"), (chat(IMAGE_Q, A, image="."), "as an image"),
     (chat(("human", "<img>nowhere.png</img>x"), A), "nowhere.png: no such file"), (chat(IMAGE_Q, A, image="http://127.0.0.1:9/x.png"), "http://127.0.0.1:9/x.png"),
@@ -287,7 +297,7 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
 
 
-def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypatch):
+def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, capsys, monkeypatch):
     """It returns its turns and its images, whatever their keys; where no place is written they come first, as elsewhere."""
     folder, _ = asked
     monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"])], entry["about"]["file"]))
@@ -297,6 +307,37 @@ def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypat
     for name, rows in (("own", own), ("usual", usual)):
         (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
     assert contents(pages_of(tmp_path / "own.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
+    for name in ("own", "usual"):                               # and it is trained and validated on
+        flags = ("--tiny", "--data", tmp_path / f"{name}.jsonl", "--eval-data", tmp_path / f"{name}.jsonl", "--steps", 1, "--max-tiles", 4)
+        assert call(train, capsys, monkeypatch, *flags, "--out", tmp_path / name)[0] == 0
+    for file in ("model.safetensors", "samples.jsonl"):
+        own, usual = ((tmp_path / name / file).read_bytes() for name in ("own", "usual"))
+        assert own.replace(b"own.jsonl", b"usual.jsonl") == usual
+
+
+def test_a_key_of_ones_own_may_stand_beside_the_usual_ones_if_its_entry_comes_first(monkeypatch):
+    row = {"question": "What?", "image": "a.png", "better": "B."}
+    own = {"better": lambda entry: ([("user", entry["question"]), ("assistant", entry["better"])], entry["image"])}
+    monkeypatch.setattr("extras.formats.FORMATS", own | FORMATS)
+    assert read_entry(row)["turns"] == [("What?", "B.")] and read_entry({"question": "What?", "answer": "A."})["turns"] == [("What?", "A.")]
+
+
+def test_content_in_parts_and_images_as_objects_are_read_as_the_usual_row(asked, tmp_path):
+    folder, _ = asked
+    a, b = (str(folder / f"page {i}.png") for i in (0, 1))
+    text = {"type": "text", "text": "What?"}
+    usual = [{"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}], "image": a}] * 6
+    parts = [said([{"type": "image_url", "image_url": {"url": a}}, text]), said([{"type": "image_url", "image_url": a}, text]),
+             said([{"type": "image", "image": a}, text]), said([{"type": "image", "path": a}, text]),
+             said([{"type": "image", "text": None}, text]) | {"images": [{"bytes": None, "path": a}]},
+             {"question": "What?", "answer": "This.", "images": [{"path": a}]}]
+    parts[0]["messages"][1]["content"] = [{"type": "text", "text": "This."}]
+    usual.append({"conversations": [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "This."}], "image": [a, b]})
+    parts.append(said([{"type": "text", "text": "Is "}, {"type": "image", "image": a}, {"type": "text", "text": " like "}, {"type": "image", "image": b},
+                       {"type": "text", "text": "?"}]))
+    for name, rows in (("parts", parts), ("usual", usual)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
+    assert contents(pages_of(tmp_path / "parts.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
 
 
 def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):

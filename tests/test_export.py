@@ -29,7 +29,7 @@ from model.config import Config
 from model.generate import generate
 from model.images import load_image
 from model.names import official_name
-from model.prompt import IMAGE_TOKEN
+from model.prompt import IMAGE_TOKEN, INSTRUCTION
 from model.tiling import tile_page
 from model.tiny.pages import draw_page
 from model.tokenizer import load_tokenizer
@@ -57,8 +57,8 @@ def export(tmp_path, capsys, monkeypatch):
 
 
 def asked():
-    """(Pillow image, question) pairs about drawn pages."""
-    return [(load_image(page.images[0]), page.questions[0]) for page in group_rows_into_pages(mixed_rows(4))]
+    """(Pillow image, question) pairs about drawn pages; the base knows no instruction, so three steps change its answers."""
+    return [(load_image(page.images[0]), page.questions[0] + INSTRUCTION) for page in group_rows_into_pages(mixed_rows(4))]
 
 
 def our_answers(model, count=12):

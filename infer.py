@@ -15,9 +15,10 @@ belongs; without any, the images come first, one per line.
 import json
 from pathlib import Path
 
-from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
+from extras.cli import ANSWER_SETTINGS, OneLineParser, add_row_flags, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
+from model.checkpoint import settings_of
 from model.tokenizer import clean
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -32,7 +33,9 @@ def parse_arguments():
     arguments, more = parser.parse_known_args()
     if arguments.tiny:
         parser.set_defaults(model="tiny", device="cpu")
-        arguments, more = parser.parse_known_args()
+    if arguments.evaluate:                                              # as the run does, unless they are typed
+        parser.set_defaults(**{name: settings_of(arguments.model).get(name) for name in ("instruction", "columns")})
+    arguments, more = parser.parse_known_args()
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-")
                      else "give one QUESTION, in quotes, or use --questions FILE")
@@ -72,6 +75,7 @@ def add_file_flags(group):
     group.add_argument("--out", metavar="FILE.jsonl",
                        help="append the answers of --questions or --folder to a file; skip what it answers already")
     group.add_argument("--split", help="split for --evaluate (validation; of a file, everything)")
+    add_row_flags(group.add_argument)
     group.add_argument("--predictions", metavar="FILE.json",
                        help="write the answers of --evaluate in DocVQA's format; skip what it answers already")
     group.add_argument("--batch", type=int_in(1), default=1, help="pages answered at once (%(default)s)")
@@ -112,8 +116,8 @@ def conflicts(flags):
         (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
         (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
-        ((flags.predictions or flags.split) and not flags.evaluate,
-         "--predictions and --split belong to --evaluate DATA"),
+        (not flags.evaluate and {flags.predictions, flags.split, flags.instruction, flags.columns} != {None},
+         "--predictions, --split, --instruction and --columns belong to --evaluate DATA"),
         *((not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path).parent}; make it first")
           for path in (flags.out, flags.predictions) if path),
     )
@@ -176,9 +180,11 @@ def evaluate(arguments):
     if is_synthetic(arguments.evaluate):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
-    rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
+    rows = open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain", bool(arguments.split),
+                     arguments.columns)
     model = load_model(arguments)
-    made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
+    made_with = {name: getattr(arguments, name)
+                 for name in ("model", "evaluate", "split", "instruction", "columns", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
     answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
                                    arguments.batch, arguments.allow_private)

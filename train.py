@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
-from extras.cli import OneLineParser, add_switch, as_flag, count, float_in, int_in, names_in, run
+from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
 from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
@@ -36,7 +36,7 @@ TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup
             device="cpu", workers=0)                                    # what --tiny sets
 # settings that a resumed run cannot change: what is trainable, and which page comes next
 FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead",
-         "group_by_length")
+         "group_by_length", "columns")
 LONGEST_ANSWER = 64                     # tokens of an answer in a validation
 PROGRESS = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 EVAL_BLOCK = 512                        # rows of a block of the validation pages
@@ -55,6 +55,7 @@ def add_data_flags(parser):
          "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
          "20, which is then not trained on)")
+    add_row_flags(flag)
     flag("--domain", default="plain", help="look of synthetic pages, comma-separated (%(default)s)")
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
@@ -105,7 +106,7 @@ def add_file_flags(parser):
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
     flag("--allow-changed", action="store_true", help="use a run although its base model or its data changed")
-    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model to a folder, LoRA merged")
+    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model to a folder; merges LoRA")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
          help="layout of the exported folder; native is the old name of transformers (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
@@ -188,7 +189,7 @@ def refuse_another_run(parser, args, kept):
     advice = f"; to change it, begin a new run with --model {args.resume}"
     if args.out != args.resume:
         parser.error(f"--out {args.out}: --resume continues in its own folder" + advice)
-    for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
+    for key in (*FIXED, *(("batch_pages", "max_tiles", "instruction") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
             parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: the run began with another value" + advice)
     if holds_out(vars(args)) != holds_out(kept) and any(Path(name).is_file() for name, _ in named_parts(args.data)):
@@ -301,12 +302,12 @@ def training_steps(loader, skips, args):
 def open_data(args, model, run, skips):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
     state, hold_out = run.state, holds_out(vars(args))
-    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
+    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
     dataset, held_out, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), [], []
     if args.eval_every:
-        held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
-        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
+        held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
+        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
     run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     validation = load_examples(pages, dataset, args.workers)
@@ -315,7 +316,8 @@ def open_data(args, model, run, skips):
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
-                         (dataset.size, args.batch_pages) if args.group_by_length else None)
+                         (dataset.size, args.batch_pages) if args.group_by_length else None,
+                         instruction=args.instruction)
     loader = load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda"))
     return pages, validation, training_steps(loader, skips, args), all_rows
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
-from extras.cli import OneLineParser, count, int_in
+from extras.cli import OneLineParser, add_row_flags, count, int_in
 from extras.formats import read_file
 from extras.outputs import free_name, new_file
 from extras.pictures import show_example
@@ -33,6 +33,7 @@ def parse_arguments():
         flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
         flag("--allow-private", action="store_true", help="fetch images from private networks too")
         flag("--split", default="train", help="split of a data set in Hub layout (%(default)s)")
+        add_row_flags(flag)
     return parser.parse_args()
 
 
@@ -44,11 +45,12 @@ def make_dataset(arguments):
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
 
 
-def check(path, dataset, split):
+def check(path, dataset, arguments):
     """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right."""
-    parts = read_file(path) if Path(path).is_file() else []
+    parts, instruction = read_file(path) if Path(path).is_file() else [], arguments.instruction
     # a file is gathered as a whole: an image is decoded once for all its rows
-    blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
+    blocks = [group_rows_into_pages(part.rows, instruction=instruction) for part in parts] or page_blocks(
+        open_rows(path, arguments.split, columns=arguments.columns), shuffle=False, instruction=instruction)
     problems = [problem for part in parts for problem in part.problems + part.remarks]
     pages, pictures = [], set()
     for page in itertools.chain.from_iterable(blocks):
@@ -92,8 +94,8 @@ def by_line(problem):
 
 def show(arguments, dataset):
     """Print the example with a number as the model reads it, and draw its tiles."""
-    rows = open_rows(arguments.path, arguments.split, hold_out=False)
-    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False))
+    rows = open_rows(arguments.path, arguments.split, hold_out=False, columns=arguments.columns)
+    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False, instruction=arguments.instruction))
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
         raise InputError(f"{arguments.path}: no example {arguments.number}; the first is 0")
@@ -114,4 +116,4 @@ def main():
     dataset = make_dataset(arguments)
     if arguments.command == "show":
         return show(arguments, dataset)
-    sys.exit(not all([check(path, dataset, arguments.split) for path in arguments.paths]))
+    sys.exit(not all([check(path, dataset, arguments) for path in arguments.paths]))

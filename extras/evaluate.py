@@ -257,6 +257,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     scores_path = path and path.with_suffix(".scores.json")
+    asked = {"answered": False, "instruction": settings.get("instruction")}
     earlier, lines = read_earlier(path, lambda path: read_predictions(path, scores_path, settings)), []
     if not earlier:
         write_json(scores_path, {"settings": settings})
@@ -264,7 +265,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     def unanswered():
         """Yield the pages with questions that have no answer yet; add the answers to the others to `lines`."""
         left = earlier
-        for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
+        for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, **asked)):
             found, left = left[:len(page.ids)], left[len(page.ids):]
             check_earlier(path, found, [{"questionId": name} for name in page.ids])
             if len(found) < len(page.ids):                              # a page is answered as a whole

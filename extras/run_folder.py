@@ -25,7 +25,6 @@ from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, is_left_behind, lat
 from model.errors import InputError, warn
 from model.images import fetch
 from model.names import official_name
-from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed")       # no settings of a run
@@ -305,8 +304,7 @@ def sample_tables(samples):
     for sample in samples:
         tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
         for line in sample["answers"]:
-            cells = (line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"],
-                     " / ".join(line["expected"]))
+            cells = (line["page"], line["question"], line["answer"], " / ".join(line["expected"]))
             tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
     return "\n".join(tables) + "\n"
 
@@ -316,7 +314,7 @@ def next_steps(folder):
     samples, named = read_lines(folder / SAMPLES), shlex.quote(str(folder))
     if not samples:
         return f'next: python infer.py --model {named} --image PAGE "QUESTION"'
-    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION).strip()
+    question = samples[-1]["answers"][0]["question"].strip()
     image = f"--image {named}/page.png " if (folder / "page.png").exists() else ""
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
             f'python infer.py --model {named} {image}"{question}"')
@@ -347,7 +345,7 @@ def keep_images(page, allow_private):
 
     One that cannot be read becomes an empty file, so that its page is skipped every time.
     """
-    total = hashlib.sha256(repr((page.questions, page.accepted)).encode())
+    total = hashlib.sha256(repr((page.questions, page.instruction, page.accepted)).encode())
     for i, image in enumerate(page.images):
         try:
             is_address = isinstance(image, str) and image.startswith(("http://", "https://"))

@@ -101,6 +101,12 @@ def checkpoints(run):
     return {step_of(path.name): path for path in sorted(paths, key=lambda path: step_of(path.name))}
 
 
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
+
+
 def latest_checkpoint(run):
     """The newest checkpoint file of a run, or None."""
     return next(reversed(checkpoints(run).values()), None)

@@ -103,6 +103,7 @@ def test_the_accumulation_shown_is_that_of_train_py():
     assert len(places) == 5 and places == sorted(places)
 
 
+@pytest.mark.official
 def test_the_python_shown_runs(monkeypatch, capsys):
     shown = next(code for code in blocks(TEXTS[ENGLISH], "python") if "import" in code)
     monkeypatch.chdir(ROOT)

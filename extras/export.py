@@ -50,9 +50,11 @@ def export(source, folder, layout, repository=None, allow_changed=False):
         try:
             if layout == "peft":
                 save_adapter(run, trained, folder, allow_changed)
+            elif layout == "official":
+                InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed).save_pretrained(folder)
+                add_chat_template(folder)
             else:
-                model = InternVL.from_pretrained(source, "cpu", "float32", allow_changed=allow_changed)
-                save_official(model, folder) if layout == "official" else save_transformers(model, folder)
+                save_transformers(InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed), folder)
             last_step = trained and checkpoint.step_of(trained.name) or math.inf
             write_card(run, folder, layout, last_step, repository or "FOLDER")
         except (OSError, SafetensorError) as error:
@@ -106,9 +108,8 @@ def chat_template():
     return Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(vars(prompt))
 
 
-def save_official(model, folder):
-    """Write a folder in the official layout, with our chat template; InternVL2-1B was published with that of Qwen2."""
-    model.save_pretrained(folder)
+def add_chat_template(folder):
+    """Put the chat template into a folder's tokenizer_config.json; InternVL2-1B was published with that of Qwen2."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template()}
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

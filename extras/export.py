@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -21,13 +22,14 @@ from safetensors import SafetensorError
 from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
-from model.names import split
-from model.tokenizer import TOKENIZER_FILES, special_id
+from model.config import Config
+from model.names import PARTS, official_name, split
+from model.tokenizer import TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE = (Path(__file__).with_name(name) for name in ("transformers_layout.json", "chat_template.jinja"))
 CARD = (                                # settings in a model card
-    "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+    "data", "domain", "eval_data", "init", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
@@ -35,7 +37,7 @@ def export(source, target, layout, repository=None):
     """Write the model of a run, or of one of its checkpoints, with a model card; upload it to a Hub repository.
 
     `layout`: "official", "transformers" (or "native", its older name) or "peft". Raises InputError for a folder that
-    holds a run, a model or a README.md already, and for a run that the layout cannot hold.
+    holds a run, a model or a README.md already, and for a model that the layout cannot hold.
     """
     path, folder = Path(source), Path(target)
     held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
@@ -43,6 +45,7 @@ def export(source, target, layout, repository=None):
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
+    check_layout(source)
     try:
         if layout == "peft":
             save_adapter(run, path if is_checkpoint else checkpoint.latest_checkpoint(run), folder)
@@ -61,6 +64,23 @@ def export(source, target, layout, repository=None):
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', "
                              f"or upload {folder} yourself") from error
+
+
+def check_layout(source):
+    """Raise InputError if transformers' class for the model's config.json has other tensors; name them."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    folder, _, _ = checkpoint.resolve(source, PARTS)
+    with torch.device("meta"):
+        model = InternVL(Config.read(folder / CONFIG))
+        model.tokenizer, model.folder = load_tokenizer(folder), folder
+        theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
+    expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
+        "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
+    wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
+             for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
+    if wrong:
+        raise InputError(f"{source}: not exported, because other programs lack, expect or shape {len(wrong)} tensors "
+                         f"otherwise: {', '.join(wrong[:20])}; use the folder of a finished run instead")
 
 
 def save_adapter(run, path, folder):

@@ -79,8 +79,8 @@ def check_layout(source):
     wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
              for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
     if wrong:
-        raise InputError(f"{source}: not exported, because other programs lack, expect or shape {len(wrong)} tensors "
-                         f"otherwise: {', '.join(wrong[:20])}; use the folder of a finished run instead")
+        raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
+                         f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
 
 
 def save_adapter(run, path, folder):

@@ -92,7 +92,7 @@ def translate(name, table, endings):
     number = re.search(r"\.(\d+)\.", module)
     general = module.replace(number[0], ".#.", 1) if number else module
     if general not in table:
-        raise InputError(f"{name} has no row in NAMES of model/names.py; add it there")
+        raise InputError(f"{name} has no row in model/names.py; add it to NAMES there")
     return table[general].replace("#", number[1] if number else "") + endings.get(end, "")
 
 

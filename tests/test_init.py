@@ -24,21 +24,22 @@ class Queries(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.queries = nn.Parameter(torch.zeros(config.tokens_per_tile, config.language.width))
-        self.out = Linear(config.vision.width, config.language.width)
+        self.test_queries = nn.Parameter(torch.zeros(config.tokens_per_tile, config.language.width))
+        self.test_layer = Linear(config.vision.width, config.language.width)
 
     def forward(self, patches):
-        x = self.out(patches)
-        return F.scaled_dot_product_attention(self.queries.to(x.dtype).expand(len(x), -1, -1), x, x)
+        x = self.test_layer(patches)
+        return F.scaled_dot_product_attention(self.test_queries.to(x.dtype).expand(len(x), -1, -1), x, x)
 
 
 @pytest.fixture
 def another_class(monkeypatch):
-    """The model with Queries for its projector, and the row of its new tensor."""
+    """The model with Queries for its projector, and the rows of its new tensors."""
     monkeypatch.setattr("model.internvl.Projector", Queries)
-    monkeypatch.setitem(names.OFFICIAL, "projector.queries", "mlp1.queries")
-    monkeypatch.setitem(names.OURS, "mlp1.queries", "projector.queries")
-    monkeypatch.setitem(names.TRANSFORMERS, "projector.queries", "multi_modal_projector.queries")
+    for name in ("test_queries", "test_layer"):
+        monkeypatch.setitem(names.OFFICIAL, f"projector.{name}", f"mlp1.{name}")
+        monkeypatch.setitem(names.OURS, f"mlp1.{name}", f"projector.{name}")
+        monkeypatch.setitem(names.TRANSFORMERS, f"projector.{name}", f"multi_modal_projector.{name}")
 
 
 @pytest.fixture
@@ -78,15 +79,16 @@ def same(model, tensors):
 
 def test_a_projector_of_another_class_trains_under_pretrained_weights(another_class, fit, no_drawing, capsys, monkeypatch, tmp_path):
     refused = refuses(train, capsys, monkeypatch, *FLAGS, "--out", tmp_path / "none")
-    assert "1 missing (mlp1.queries)" in refused and "unexpected (mlp1.0.bias, mlp1.0.weight" in refused and "--init projector" in refused
+    assert "3 missing (mlp1.test_layer.bias, mlp1.test_layer.weight, mlp1.test_queries)" in refused and "--init projector" in refused
+    assert all(name in refused for name in weights(TINY) if part_of(name) == "projector")
     run, out = fit("run", "--init", "projector", "--seed", 3)
-    assert "drawn from --seed 3: mlp1.queries, mlp1.3.weight, mlp1.3.bias\n" in out
+    assert "drawn from --seed 3: mlp1.test_queries, mlp1.test_layer.weight, mlp1.test_layer.bias\n" in out
     assert json.loads((run / "settings.json").read_text())["init"] == "projector"
     base, after = weights(TINY), weights(run)
     assert {name for name in base.keys() & after.keys() if torch.equal(base[name], after[name])} == {
         name for name in base if part_of(name) != "projector"}
-    drawn = InternVL.from_pretrained("tiny", "cpu", init=["projector"], seed=3).projector.queries
-    assert 0 < (drawn - after["mlp1.queries"]).abs().max() < 0.1 and drawn.std() > 0.05         # trained from the drawn ones
+    drawn = InternVL.from_pretrained("tiny", "cpu", init=["projector"], seed=3).projector.test_queries
+    assert 0 < (drawn - after["mlp1.test_queries"]).abs().max() < 0.1 and drawn.std() > 0.05         # trained from the drawn ones
     no_drawing()
     assert same(InternVL.from_pretrained(run / "checkpoints" / "step-0000002.safetensors", "cpu"), interrupt(run))
     status, out, err = call(train, capsys, monkeypatch, "--resume", run, "--steps", 3)
@@ -94,7 +96,7 @@ def test_a_projector_of_another_class_trains_under_pretrained_weights(another_cl
     assert "--init vision: not what the run trains with" in refuses(train, capsys, monkeypatch, "--resume", run, "--init", "vision")
     for layout in ("official", "transformers", "peft"):
         refused = refuses(train, capsys, monkeypatch, "--export", run, tmp_path / layout, "--format", layout)
-        assert "mlp1.queries" in refused and "multi_modal_projector.linear_1.weight" in refused and not (tmp_path / layout).exists()
+        assert "mlp1.test_queries" in refused and "multi_modal_projector.linear_1.weight" in refused and not (tmp_path / layout).exists()
     page = ROOT / "assets" / "explain_page.png"
     flags = "--model", run, "--device", "cpu", "--image", page
     assert call(infer, capsys, monkeypatch, *flags, "--attend", tmp_path / "look.png", "What is the room?")[0] == 0
@@ -142,6 +144,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.official
 def test_another_shuffle_factor_or_width_needs_the_flag_and_exports(folder, fit, capsys, monkeypatch, tmp_path):
     set_config(folder, downsample_ratio=0.25)
     refused = refuses(train, capsys, monkeypatch, *FLAGS, "--model", folder, "--out", tmp_path / "none")
@@ -167,8 +170,7 @@ def test_a_checkpoint_without_a_drawn_part_is_refused(fit):
 def test_a_row_of_one_name_is_enough():
     """names.py as a fork would change it."""
     source = (ROOT / "model" / "names.py").read_text(encoding="utf-8")
-    row = '     ("norm", "0", "layer_norm"),\n'
-    assert source.count(row) == 1
-    exec(source.replace(row, row + '     ("queries",),\n'), fork := {"__name__": "fork"})
+    rows = '(("projector", "mlp1", "multi_modal_projector"), ("queries",)),'
+    exec(source.replace("NAMES = (", "NAMES = (" + rows, 1), fork := {"__name__": "fork"})
     assert fork["official_name"]("projector.queries") == "mlp1.queries" and fork["our_name"]("mlp1.queries") == "projector.queries"
     assert fork["transformers_names"]("projector.queries") == ["multi_modal_projector.queries"]

@@ -33,7 +33,7 @@ def test_foreign_names_are_none_of_ours(name):
 
 
 def test_a_tensor_without_a_row_is_named():
-    with pytest.raises(InputError, match="projector.queries has no row in NAMES of model/names.py"):
+    with pytest.raises(InputError, match="projector.queries has no row in model/names.py"):
         official_name("projector.queries")
 
 

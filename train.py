@@ -281,9 +281,9 @@ def print_run(args, model):
             print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'trainable' if trainable else 'frozen':<9} "
                   f"{'/'.join(dtypes):<9} {peak_lr(args, part) if trainable else '-'}")
     if model.drawn and not latest_checkpoint(args.out):
-        names = [re.sub(r"(layers)\.\d+", r"\1.#", official_name(name)) for name in model.state_dict()
-                 if part_of(name) in model.drawn]
-        print(f"drawn from --seed {args.seed}: {', '.join(dict.fromkeys(names))}")
+        drawn = [official_name(name) for name in model.state_dict() if part_of(name) in model.drawn]
+        drawn = dict.fromkeys(re.sub(r"(layers)\.\d+", r"\1.#", name) for name in drawn)       # #: of every block
+        print(f"drawn from --seed {args.seed}: {', '.join(drawn)}")
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")

@@ -23,7 +23,7 @@ from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
 from model.config import Config
-from model.names import PARTS, official_name, split
+from model.names import PARTS, official_name, part_of, split
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
@@ -45,7 +45,8 @@ def export(source, target, layout, repository=None):
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
-    check_layout(source)
+    if layout != "peft":
+        check_layout(source)
     try:
         if layout == "peft":
             save_adapter(run, path if is_checkpoint else checkpoint.latest_checkpoint(run), folder)
@@ -66,8 +67,8 @@ def export(source, target, layout, repository=None):
                              f"or upload {folder} yourself") from error
 
 
-def check_layout(source):
-    """Raise InputError if transformers' class for the model's config.json has other tensors; name them."""
+def check_layout(source, concerned=lambda name: True):
+    """Raise InputError, with names, if transformers' class for the same config.json has other `concerned` tensors."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
     folder, _, _ = checkpoint.resolve(source, PARTS)
     with torch.device("meta"):
@@ -78,7 +79,7 @@ def check_layout(source):
         "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
     wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
              for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
-    if wrong:
+    if wrong := list(dict.fromkeys(filter(concerned, wrong))):
         raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
                          f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
 
@@ -100,6 +101,7 @@ def save_adapter(run, path, folder):
         raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
                          f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
                          "write it with --format official")
+    check_layout(path, lambda name: name.removesuffix(".weight") in layers or whole and part_of(name) == "projector")
     config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": ranks[0], "bias": "none",
               "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),

@@ -209,8 +209,7 @@ def read_checkpoint(path, needed=()):
             for kind, _, name in (name.partition(".") for name in names):
                 tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
             if missing := sorted({*needed} - tensors["model"].keys()):
-                raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew; expected a "
-                                 "checkpoint of this version of the code")
+                raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew")
             return tensors["model"], tensors["optimizer"], json.loads(state), scale
     except InputError:
         raise

@@ -47,8 +47,7 @@ ROWS = [[f"{part}.{module}" for part, module in zip(parts, modules if len(module
         for parts, *rows in NAMES for modules in rows]
 OFFICIAL, TRANSFORMERS = {row[0]: row[1] for row in ROWS}, {row[0]: row[2] for row in ROWS}
 OURS = {row[1]: row[0] for row in ROWS}
-PART_OF = {name.split(".")[0]: parts[0].split(".")[0].replace("language", "llm")
-           for parts, *_ in NAMES for name in parts}
+PART_OF = {name.split(".")[0]: part[0].split(".")[0].replace("language", "llm") for part, *_ in NAMES for name in part}
 PARTS = tuple(dict.fromkeys(PART_OF.values()))          # as flags name them
 ENDINGS = {".adapter.a.weight": ".lora_A.weight", ".adapter.b.weight": ".lora_B.weight",
            ".weight": ".weight", ".bias": ".bias"}

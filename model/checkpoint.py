@@ -124,10 +124,11 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
         tensors, read_as = read(folder / WEIGHTS, wanted, device, dtype, without)
         model.load_state_dict(tensors, strict=False, assign=True)
         stored |= read_as
-    empty = [child for name, child in model.named_children() if part_of(name) in without]
+    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
     check_size(empty, folder)
-    for child in empty:
-        child.to(dtype).to_empty(device=device)
+    empty.to(dtype).to_empty(device=device)
+    if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
+        raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
@@ -139,9 +140,9 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     return model
 
 
-def check_size(modules, folder):
-    """Raise InputError for modules that are larger than this machine's memory (unknown on Windows)."""
-    needed = 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+def check_size(model, folder):
+    """Raise InputError for a model that is larger than this machine's memory (unknown on Windows)."""
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
     if needed > held:
         raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "

@@ -1,8 +1,7 @@
 """What is each tensor called in files? Our names, the official ones and transformers', side by side.
 
-A part whose class has new tensors needs its rows here and nothing else; a tensor that no other program has is a row of
-one name, for instance ("queries",). Sources: the header of the published file; transformers' models/internvl; the names
-that PEFT gives to adapters.
+A part whose class has new tensors needs its rows here and nothing else: ("queries",) for one that exists only here.
+Sources: the header of the published file; transformers' models/internvl; the names that PEFT gives to adapters.
 """
 import re
 

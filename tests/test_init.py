@@ -106,6 +106,17 @@ def test_a_projector_of_another_class_trains_under_pretrained_weights(another_cl
     assert "Queries makes image tokens" in text and "64 tokens, in their order" in text and "neighboring" not in text
 
 
+def test_a_buffer_is_refused_because_its_values_would_be_lost(another_class, monkeypatch):
+    class WithTable(Queries):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("table", torch.ones(3), persistent=False)
+
+    monkeypatch.setattr("model.internvl.Projector", WithTable)
+    with pytest.raises(InputError, match="projector.table: no place for buffers"):
+        InternVL.from_pretrained("tiny", "cpu", init=["projector"])
+
+
 @pytest.mark.parametrize("flags, parts", [
     (("--init", "vision"), {"vision"}), (("--init", "llm", "--train", "lora"), {"llm"}), (("--from-scratch",), set(names.PARTS))])
 def test_a_drawn_part_is_in_every_checkpoint_trained_or_frozen(fit, no_drawing, capsys, monkeypatch, flags, parts):

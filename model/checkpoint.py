@@ -50,7 +50,7 @@ def resolve(name, skip=()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
-            raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+            raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
@@ -80,7 +80,13 @@ def read_settings(run):
             raise ValueError("expected plain values")
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
+
+
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
 
 
 def latest_checkpoint(run):
@@ -133,7 +139,7 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
-                         f"{model.config.language.vocabulary}; they are not of the same model")
+                         f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path, drawn, skip in overlays:
         load_adapter(path, model, skip) if path.is_dir() else load_checkpoint(path, model, drawn, skip)

@@ -213,13 +213,13 @@ def compare(settings):
     work = floor(model.config, prompts(model, pages))
     best = {name: min(result["seconds"]) for name, result in results.items()}
     print(f"{settings.pages} pages of {settings.tiles} tiles, {questions} questions, {settings.dtype}; floor {work / 1e12:.2f} TFLOP a step; "
-          f"matrix product {rate / 1e12:.2f} TFLOP/s; estimated {sum(needed.values()) - needed['held']:.2f} GB above the weights\n")
+          f"matrix product {rate / 1e12:.2f} TFLOP/s; estimated {sum(needed.values()) - needed['in use now']:.2f} GB above the weights\n")
     print("| step | seconds, every pass | questions/s | utilisation | GB above the weights | loss |\n|---|---|---|---|---|---|")
     for name, result in results.items():
         print(f"| {name} | {' '.join(f'{s:.2f}' for s in result['seconds'])} | {questions / best[name]:.3f} | "
               f"{work / best[name] / rate:.0%} | {max(result['memory']):.2f} | {result['loss']:.6f} |")
     found = {"questions_per_second": questions / best["ours"], "model_flops_utilisation": work / best["ours"] / rate,
-             "memory_gb": max(results["ours"]["memory"]), "estimated_gb": sum(needed.values()) - needed["held"]}
+             "memory_gb": max(results["ours"]["memory"]), "estimated_gb": sum(needed.values()) - needed["in use now"]}
     if reference:
         ours, theirs = results["ours"], results["transformers"]
         found |= {"speed_ratio": sum(theirs["seconds"]) / sum(ours["seconds"]),

@@ -94,7 +94,7 @@ def test_a_projector_of_another_class_trains_under_pretrained_weights(another_cl
     assert same(InternVL.from_pretrained(run / "checkpoints" / "step-0000002.safetensors", "cpu"), interrupt(run))
     status, out, err = call(train, capsys, monkeypatch, "--resume", run, "--steps", 3)
     assert status == 0 and "drawn" not in out, err
-    assert "--init vision: not what the run trains with" in refuses(train, capsys, monkeypatch, "--resume", run, "--init", "vision")
+    assert "--init vision: the run began with another value" in refuses(train, capsys, monkeypatch, "--resume", run, "--init", "vision")
     for source, layout in ((run, "official"), (run, "transformers"), (adapted, "peft")):
         refused = refuses(train, capsys, monkeypatch, "--export", source, tmp_path / layout, "--format", layout)
         assert "mlp1.test_queries" in refused and "multi_modal_projector.linear_1.weight" in refused and not (tmp_path / layout).exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -23,14 +24,14 @@ from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, TINY, WEIGHTS, write_tensors, write_text
 from model.config import Config
-from model.names import split
-from model.tokenizer import TOKENIZER_FILES, special_id
+from model.names import PARTS, official_name, part_of, split
+from model.tokenizer import TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
     "transformers_layout.json", "chat_template.jinja", "model_card.md"))
 CARD = (                                # settings in a model card
-    "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+    "data", "domain", "eval_data", "init", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
@@ -38,7 +39,7 @@ def export(source, target, layout, repository=None):
     """Write the model of a run, or of one of its checkpoints, with a model card; upload it to a Hub repository.
 
     `layout`: "official", "transformers" (or "native", its older name) or "peft". Raises InputError for a folder that
-    holds a run, a model or a README.md already, and for a run that the layout cannot hold.
+    holds a run, a model or a README.md already, and for a model that the layout cannot hold.
     """
     path, folder = Path(source), Path(target)
     held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
@@ -46,6 +47,8 @@ def export(source, target, layout, repository=None):
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
+    if layout != "peft":
+        check_layout(source)
     try:
         if layout == "peft":
             save_adapter(run, path if is_checkpoint else checkpoint.latest_checkpoint(run), folder)
@@ -74,6 +77,23 @@ def merges(run, layout):
     return layout != "peft" and ("lora" in trained or (run / lora.ADAPTER_CONFIG).exists())
 
 
+def check_layout(source, concerned=lambda name: True):
+    """Raise InputError, with names, if transformers' class for the same config.json has other `concerned` tensors."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    folder, _, _ = checkpoint.resolve(source, PARTS)
+    with torch.device("meta"):
+        model = InternVL(Config.read(folder / CONFIG))
+        model.tokenizer, model.folder = load_tokenizer(folder), folder
+        theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
+    expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
+        "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
+    wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
+             for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
+    if wrong := list(dict.fromkeys(filter(concerned, wrong))):
+        raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
+                         f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
+
+
 def save_adapter(run, path, folder):
     """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged.
 
@@ -90,6 +110,7 @@ def save_adapter(run, path, folder):
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
         raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
                          f"this run has --train {settings['train']}: use --format official or transformers")
+    check_layout(path, lambda name: name.removesuffix(".weight") in layers or whole and part_of(name) == "projector")
     base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "bias": "none",
               "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),

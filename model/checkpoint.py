@@ -58,13 +58,8 @@ def resolve(name, skip=(), allow_changed=False):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
         base = folder, overlays, without = resolve(settings["model"], {*skip, *drawn}, allow_changed)
-        if skip:                                            # as the run itself read it
-            base = resolve(settings["model"], drawn, True)
-        if not allow_changed and "base_fingerprint" not in settings:
-            warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
-        elif not allow_changed and settings["base_fingerprint"] != fingerprint(*base):
-            raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
-                             "back, or use this one with --allow-changed")
+        if not allow_changed:                               # with `skip`: compare what the run itself has read
+            check_base(name, settings, *(resolve(settings["model"], drawn, True) if skip else base))
         return folder, [*overlays, (trained, drawn, skip)], without
     if (path / ADAPTER_CONFIG).is_file():
         folder, overlays, without = resolve(read_adapter_config(path)[0], skip, allow_changed)
@@ -91,6 +86,15 @@ def read_settings(run):
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
+
+
+def check_base(name, settings, *base):
+    """Raise InputError if the base model of a run is not the one that it was trained on. `base`: of `resolve`."""
+    if "base_fingerprint" not in settings:
+        warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
+    elif settings["base_fingerprint"] != fingerprint(*base):
+        raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
+                         "back, or use this one with --allow-changed")
 
 
 def step_of(name):

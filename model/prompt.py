@@ -6,12 +6,13 @@ A page is written once, its questions are branches of it:
     branch 1    \\nWhat is the date?<|im_end|><|im_start|>assistant\\n[January 8, 1993.<|im_end|>]     [in the loss]
     branch 2    \\nWho signed it?<|im_end|><|im_start|>assistant\\n[W. Jones<|im_end|>]
 
-The positions of every branch begin where the prefix ends. Text that a user typed is always plain text: "<|im_end|>" in
-a question is ten characters, not the end of the turn.
+The positions of every branch begin where the prefix ends. Text that a user typed is plain text: "<|im_end|>" in a
+question is ten characters, not the end of the turn. Only <ref> <box> <quad> and their ends are tokens there, too.
 
 Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` published with it.
 """
 import itertools
+import re
 from dataclasses import dataclass, field
 
 from model.errors import InputError
@@ -23,7 +24,8 @@ INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: the next image goes here
-IGNORE_INDEX = -100
+MARKUP = re.compile("(</?(?:ref|box|quad)>)")           # tokens that name and frame a part of an image
+IGNORE_INDEX, LONGEST_TOKEN = -100, 256                 # characters of a token, at most
 
 
 @dataclass
@@ -46,7 +48,10 @@ class PromptBuilder:
         self.special(END)
 
     def text(self, text, in_loss=False):
-        self.append(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
+        known = self.tokenizer.get_added_vocab()
+        for piece in MARKUP.split(text) if known.keys() >= set(MARKUP.findall(text)) else [text]:
+            self.append([known[piece]] if piece in known and MARKUP.fullmatch(piece) else
+                        self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):
         self.append([special_id(self.tokenizer, token)] * count, in_loss)
@@ -104,6 +109,9 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     prompt, too_long = builder.prompt, []
     prefix = len(prompt.ids)
     for index, turns in enumerate(branches):
+        if max_length and sum(len(text or "") for turn in turns for text in turn) > LONGEST_TOKEN * max_length:
+            too_long.append(index)                                      # a text of megabytes is not even tokenized
+            continue
         begin = len(prompt.ids)
         builder.branch, builder.position = index + 1 - len(too_long), prefix
         for i, (question, answer) in enumerate(turns):

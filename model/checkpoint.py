@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,10 +34,11 @@ TINY = Path(__file__).parent / "tiny"
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, seed=None):
+def resolve(name, seed=None, seen=()):
     """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
 
-    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
+    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. `seen`: the keys of files
+    that led to it. Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
@@ -44,19 +46,17 @@ def resolve(name, seed=None):
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, seed)
+        return resolve(path.parent, seed, seen)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
-        if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
-            raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
-        folder, overlays, seed = resolve(settings["model"], settings["seed"] if settings["from_scratch"] else None)
-        return folder, [*overlays, trained], seed
+        seed = settings["seed"] if settings["from_scratch"] else None
+        return resolve_base(f"{run / SETTINGS}: model", settings["model"], trained, seed, seen)
     if (path / ADAPTER_CONFIG).is_file():
-        folder, overlays, seed = resolve(read_adapter_config(path)[0], seed)
-        return folder, [*overlays, path], seed
+        where = f"{path / ADAPTER_CONFIG}: base_model_name_or_path"
+        return resolve_base(where, read_adapter_config(path)[0], path, seed, seen)
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
@@ -67,9 +67,22 @@ def resolve(name, seed=None):
     return download(name, BESIDE_WEIGHTS if seed is not None else (WEIGHTS, *BESIDE_WEIGHTS)), [], seed
 
 
+def resolve_base(where, base, overlay, seed, seen):
+    """`resolve` the base model that a key of a file names, and lay a checkpoint or an adapter folder over it."""
+    try:
+        if where in seen:
+            raise InputError(f"{base}: leads back to itself; expected another model")
+        folder, overlays, seed = resolve(base, seed, (*seen, where))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return folder, [*overlays, overlay], seed
+
+
 def read_settings(run):
     """The settings of a run folder, as train.py wrote them. Raises InputError."""
     try:
+        if not os.path.isfile(Path(run, SETTINGS)):
+            raise ValueError(f"no file {SETTINGS} in it")
         settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
         for key, kind in (("model", str), ("seed", int), ("from_scratch", bool), ("train", str)):
             if not isinstance(settings.get(key), kind):
@@ -109,10 +122,13 @@ def download(name, files):
 def load(model, folder, overlays, seed=None, device=None, dtype=None):
     """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
     from model.lora import load_adapter
+    for file in (file for path in (folder, *overlays) for file in (path.iterdir() if path.is_dir() else [path])):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file}: a pipe, a socket or a device; expected a regular file")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -132,7 +148,12 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
                          f"{model.config.language.vocabulary}; they are not of the same model")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
-        load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
+        if path.is_dir():
+            load_adapter(path, model)
+        else:
+            load_checkpoint(path, model)
+            tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
+            model.config = replace(model.config, max_tiles=min(tiles, 128))
     return model
 
 
@@ -229,6 +250,10 @@ def save(model, folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.get("max_dynamic_patch") != model.config.max_tiles:   # others cut pages by it
+            config["max_dynamic_patch"] = model.config.max_tiles
+            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error

@@ -13,11 +13,14 @@ The answer goes to standard output, everything else to standard error. An "<imag
 belongs; without any, the images come first, one to a line.
 """
 import json
+import os
 from pathlib import Path
 
 from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
+from model.checkpoint import SETTINGS, read_settings
+from model.errors import warn
 from model.tokenizer import clean
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -51,7 +54,7 @@ def add_input_flags(group):
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
     group.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
-    group.add_argument("--frames", type=int_in(1), default=8, help="frames of the video, one tile each (%(default)s)")
+    group.add_argument("--frames", type=int_in(1, 999), default=8, help="frames of the video, one tile each (8)")
     group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
@@ -80,7 +83,7 @@ def add_file_flags(group):
 
 def add_answer_flags(group):
     for name, default, text in (
-            ("max_tiles", 12, "tiles an image may be cut into, thumbnail not counted"),
+            ("max_tiles", None, "tiles of an image, thumbnail not counted; None: as the model was trained"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: always the likeliest token"),
             ("top_p", 1.0, "draw from the likeliest tokens of this probability"), ("seed", 0, "of drawn tokens")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
@@ -125,6 +128,7 @@ def conflicts(flags):
 
 def load_model(arguments):
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    arguments.max_tiles = arguments.max_tiles or model.config.max_tiles
     if arguments.int8:
         from extras.int8 import to_int8
         to_int8(model)
@@ -171,6 +175,13 @@ def answer_many(arguments):
                      arguments.allow_private, **settings(arguments))
 
 
+def held_out(name):
+    """Whether a model is no run, or one that held pages of its data out for validation."""
+    run = Path(name).parent.parent if name.endswith(".safetensors") else Path(name)
+    settings = read_settings(run) if (run / SETTINGS).is_file() else {"eval_every": True}
+    return bool(settings.get("eval_every")) and not settings.get("eval_data")
+
+
 def evaluate(arguments):
     from extras.evaluate import evaluate_rows
     from extras.score import print_scores
@@ -178,7 +189,10 @@ def evaluate(arguments):
     if is_synthetic(arguments.evaluate):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
-    rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
+    split = arguments.split or "validation"
+    rows = open_rows(arguments.evaluate, split, hold_out=bool(arguments.split), answered=False)
+    if arguments.split == "validation" and os.path.isfile(arguments.evaluate) and not held_out(arguments.model):
+        warn(f"{arguments.model} held no pages out: these may have been trained on")
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, read_settings
-from model.errors import warn
+from model.errors import printable, warn
 from model.lora import TARGETS, add_adapters
 
 PARTS = ("projector", "lora", "llm", "vision")
@@ -64,13 +65,13 @@ def add_data_flags(parser):
     add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
     add_switch(group, "--allow-private", "fetch images from addresses of a private network too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block: gathered into pages, shuffled together, "
-         "and read again by a resumed run (%(default)s)")
+    flag("--look-ahead", type=int_in(1, 10 ** 6), default=2048, help="rows of a block: gathered into pages, shuffled "
+         "together, and read again by a resumed run (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
-    flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
+    flag("--lora-rank", type=int_in(1, 16_384), default=16, help="width between the two matrices (%(default)s)")
     flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapter scale x rank (%(default)s)")
     flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
     flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
@@ -79,8 +80,8 @@ def add_lora_flags(parser):
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch size and length of the run").add_argument
-    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--batch-pages", type=int_in(1, 10_000), default=1, help="pages in a micro-batch (%(default)s)")
+    flag("--accumulate", type=int_in(1, 100_000), default=8, help="micro-batches in an optimizer step (%(default)s)")
     flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
     flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
 
@@ -100,7 +101,7 @@ def add_optimizer_flags(parser):
 def add_file_flags(parser):
     flag = parser.add_argument_group("validation and files").add_argument
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
-    flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    flag("--eval-pages", type=int_in(1, 10 ** 6), default=64, help="validation pages, always the same (%(default)s)")
     flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
     flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best one (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
@@ -117,8 +118,8 @@ def add_machine_flags(parser):
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
     flag("--dtype", choices=("float32", "bfloat16"),
          help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    flag("--seed", type=int_in(0), default=0, help="of the order of pages and of random weights (%(default)s)")
-    flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
+    flag("--seed", type=int_in(0, 2 ** 63 - 1), default=0, help="of page order and random weights (%(default)s)")
+    flag("--workers", type=int_in(0, 1000), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
     add_switch(group, "--checkpoint-activations",
                "keep only each block's input and run it again in the backward pass: less memory, a third more work")
@@ -134,6 +135,7 @@ def parse_args():
     args = parser.parse_args()
     if args.resume:
         kept = read_settings(args.resume) | {"out": args.resume}
+        parser.check_stored(kept, f"{args.resume}/settings.json")
         parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value    # checked as if typed
                                for key, value in kept.items()})
     elif args.tiny:
@@ -210,6 +212,7 @@ def load_model(args):
         model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
     else:
         model = InternVL.from_pretrained(args.model, args.device, args.dtype)
+    model.config = replace(model.config, max_tiles=args.max_tiles)       # written with the model
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -268,7 +271,8 @@ def print_run(args, model):
         flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
                          for key, value in sets.items() if getattr(args, key) == value)     # not those typed otherwise
         print(f"recipe {args.recipe} ({source}) sets {flags}")
-    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {args.out}/settings.json")
+    settings = f"{args.out}/settings.json"
+    print(printable(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {settings}"))
     print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
     for part, parameters in part_parameters(model).items():
         trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
@@ -312,9 +316,10 @@ def open_data(args, model, state, skips):
         held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
+        skips.leave_out(pages if args.eval_data else [])
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
-    print(f"reading {args.data}: epoch {state['epoch']}, block {state['block']} of {args.look_ahead:,} rows "
+    print(f"reading {printable(args.data)}: epoch {state['epoch']}, block {state['block']} of {args.look_ahead:,} rows "
           f"(the first block: {min(FIRST_BLOCK, args.look_ahead):,})")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
@@ -443,7 +448,7 @@ def main():
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
         if step == 0 or step == first and (run.path / WEIGHTS).exists():
-            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
+            raise InputError(f"{run.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)
     print(f"{step} steps, {run.state['questions']} questions; {skips}; "

@@ -1,18 +1,19 @@
 """Is every row of a data set right, and how does the model see it? The commands `python data.py check` and `show`."""
 import collections
 import itertools
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
 from extras.cli import OneLineParser, int_in
-from extras.formats import read_file
+from extras.formats import content_hash, read_file
 from extras.pictures import show_example
-from extras.sources import open_rows
+from extras.sources import is_synthetic, open_rows
 from model.checkpoint import CONFIG, resolve
 from model.config import Config
-from model.errors import InputError
+from model.errors import InputError, printable
 from model.tokenizer import load_tokenizer
 
 
@@ -28,10 +29,11 @@ def parse_arguments():
     for flag in (check.add_argument, show.add_argument):
         flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
              "not needed (the embedded model; check then judges no lengths)")
-        flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
+        flag("--max-tiles", type=int_in(1, 128), help="tiles a page may be cut into (the model's own)")
         flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
         flag("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
         flag("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+    check.add_argument("--eval-data", metavar="DATA", help="validation data: list its images that are in PATH")
     return parser.parse_args()
 
 
@@ -40,23 +42,36 @@ def make_dataset(arguments):
     folder, _, _ = resolve(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
-    return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
+    return PageDataset(model, arguments.max_tiles or model.config.max_tiles,
+                       arguments.max_length if judged else None, arguments.allow_private)
 
 
-def check(path, dataset, split):
-    """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right."""
-    parts = read_file(path) if Path(path).is_file() else []
+def check(path, dataset, split, eval_data=None):
+    """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right.
+
+    Images that are in two splits of a folder, or in `eval_data` too, are wrong as well.
+    """
+    if is_synthetic(path):
+        raise InputError(f"{path}: drawn without an end; check files that python -m model.tiny.pages FOLDER N draws")
+    parts = read_file(path) if os.path.isfile(path) else []
     # a file is gathered as a whole: an image is decoded once for all its rows
     blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
-    problems = [problem for part in parts for problem in part.problems + part.remarks]
-    pages, pictures = [], set()
+    problems = [problem for part in parts for problem in part.problems + part.unanswered + part.remarks]
+    pages, pictures, contents = [], set(), set()
     for page in itertools.chain.from_iterable(blocks):
         problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
         pictures.update(image for image in page.images if isinstance(image, str))
+        contents.update(map(content_hash, page.images))
         pages.append((page.rows, len(page.questions), page.unanswered))
+    others = {(path, file.name.split("-")[0]) for file in Path(path).glob("data/*.parquet")} - {(path, split)}
+    for other, name in sorted(others) + [(eval_data, "validation")] * bool(eval_data):
+        rows = open_rows(other, name, hold_out=False, answered=False)
+        problems += [(f"{other}: {name}: {page.name}", f"its image is in {path} too ({split})")
+                     for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False))
+                     if not contents.isdisjoint(map(content_hash, page.images))]
     rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
     print_problems(path, problems)
-    print(f"{path}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
+    print(f"{printable(path)}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
           f"{sum(part.entries for part in parts) if parts else rows} rows, {len(pages)} pages, {questions} questions, "
           f"{unanswered} without an answer" + (f", {len(pictures)} images" if parts else ""))
     return not problems
@@ -68,10 +83,10 @@ def print_problems(path, problems):
     for place, reason in sorted(problems, key=by_line):
         reasons[reason] += 1
         if reasons[reason] <= 3:
-            print(plain(f"{place}: {' '.join(reason.split())}"))
+            print(printable(plain(f"{place}: {' '.join(reason.split())}")))
     for reason, count in reasons.items():
         if count > 3:
-            print(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}"))
+            print(printable(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}")))
 
 
 def problems_of(example, max_length, in_file):
@@ -108,4 +123,4 @@ def main():
     dataset = make_dataset(arguments)
     if arguments.command == "show":
         return show(arguments, dataset)
-    sys.exit(not all([check(path, dataset, arguments.split) for path in arguments.paths]))
+    sys.exit(not all([check(path, dataset, arguments.split, arguments.eval_data) for path in arguments.paths]))

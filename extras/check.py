@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
-from extras.cli import OneLineParser, int_in
+from extras.cli import OneLineParser, add_row_flags, count, int_in
 from extras.formats import content_hash, read_file
 from extras.pictures import show_example
 from extras.sources import is_synthetic, open_rows
@@ -23,16 +23,16 @@ def parse_arguments():
     check = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
     check.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
     show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
-    show.add_argument("path", metavar="PATH", help="as in check")
-    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
-    show.add_argument("--out", help="the picture's file (show-N.png)")
+    show.add_argument("path", metavar="PATH", help="a file, a folder in Hub layout or a Hub id")
+    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions; the first is 0")
+    show.add_argument("--out", help="file for the picture of the tiles (show-N.png)")
     for flag in (check.add_argument, show.add_argument):
-        flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
-             "not needed (the embedded model; check then judges no lengths)")
-        flag("--max-tiles", type=int_in(1, 128), help="tiles a page may be cut into (the model's own)")
+        flag("--model", help="its tokenizer and tile size are used (the embedded model; check skips lengths)")
+        flag("--max-tiles", type=int_in(1, 128), help="most tiles per page (the model's own)")
         flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
-        flag("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
-        flag("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+        flag("--allow-private", action="store_true", help="fetch images from private networks too")
+        flag("--split", default="train", help="split of a data set in Hub layout (%(default)s)")
+        add_row_flags(flag)
     check.add_argument("--eval-data", metavar="DATA", help="validation data: list its images that are in PATH")
     return parser.parse_args()
 
@@ -46,16 +46,17 @@ def make_dataset(arguments):
                        arguments.max_length if judged else None, arguments.allow_private)
 
 
-def check(path, dataset, split, eval_data=None):
+def check(path, dataset, arguments):
     """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right.
 
-    Images that are in two splits of a folder, or in `eval_data` too, are wrong as well.
+    Images that are in two splits of a folder, or in --eval-data too, are wrong as well.
     """
     if is_synthetic(path):
         raise InputError(f"{path}: drawn without an end; check files that python -m model.tiny.pages FOLDER N draws")
-    parts = read_file(path) if os.path.isfile(path) else []
+    parts, instruction = read_file(path) if os.path.isfile(path) else [], arguments.instruction
     # a file is gathered as a whole: an image is decoded once for all its rows
-    blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
+    blocks = [group_rows_into_pages(part.rows, instruction=instruction) for part in parts] or page_blocks(
+        open_rows(path, arguments.split, columns=arguments.columns), shuffle=False, instruction=instruction)
     problems = [problem for part in parts for problem in part.problems + part.unanswered + part.remarks]
     pages, pictures, contents = [], set(), set()
     for page in itertools.chain.from_iterable(blocks):
@@ -63,17 +64,18 @@ def check(path, dataset, split, eval_data=None):
         pictures.update(image for image in page.images if isinstance(image, str))
         contents.update(map(content_hash, page.images))
         pages.append((page.rows, len(page.questions), page.unanswered))
-    others = {(path, file.name.split("-")[0]) for file in Path(path).glob("data/*.parquet")} - {(path, split)}
-    for other, name in sorted(others) + [(eval_data, "validation")] * bool(eval_data):
-        rows = open_rows(other, name, hold_out=False, answered=False)
-        problems += [(f"{other}: {name}: {page.name}", f"its image is in {path} too ({split})")
+    splits = {(path, file.name.split("-")[0]) for file in Path(path).glob("data/*.parquet")} - {(path, arguments.split)}
+    for other, split in sorted(splits) + [(arguments.eval_data, "validation")] * bool(arguments.eval_data):
+        rows = open_rows(other, split, hold_out=False, columns=arguments.columns, answered=False)
+        problems += [(f"{other}: {split}: {page.name}", f"its image is in {path} too ({arguments.split})")
                      for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False))
                      if not contents.isdisjoint(map(content_hash, page.images))]
     rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
     print_problems(path, problems)
     print(f"{printable(path)}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
-          f"{sum(part.entries for part in parts) if parts else rows} rows, {len(pages)} pages, {questions} questions, "
-          f"{unanswered} without an answer" + (f", {len(pictures)} images" if parts else ""))
+          f"{count(sum(part.entries for part in parts) if parts else rows, 'row')}, {count(len(pages), 'page')}, "
+          f"{count(questions, 'question')}, {unanswered} without an answer"
+          + (f", {count(len(pictures), 'image')}" if parts else ""))
     return not problems
 
 
@@ -84,9 +86,9 @@ def print_problems(path, problems):
         reasons[reason] += 1
         if reasons[reason] <= 3:
             print(printable(plain(f"{place}: {' '.join(reason.split())}")))
-    for reason, count in reasons.items():
-        if count > 3:
-            print(printable(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}")))
+    for reason, often in reasons.items():
+        if often > 3:
+            print(printable(plain(f"{path}: {often - 3} more: {' '.join(reason.split())}")))
 
 
 def problems_of(example, max_length, in_file):
@@ -105,16 +107,16 @@ def by_line(problem):
 
 def show(arguments, dataset):
     """Print the example with a number as the model reads it, and draw its tiles."""
-    rows = open_rows(arguments.path, arguments.split, hold_out=False)
-    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False))
+    rows = open_rows(arguments.path, arguments.split, hold_out=False, columns=arguments.columns)
+    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False, instruction=arguments.instruction))
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
-        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+        raise InputError(f"{arguments.path}: no example {arguments.number}; the first is 0")
     example = dataset[page]
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
-        print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+        print("tokens of the embedded model; for another model give --model OpenGVLab/InternVL2-1B", file=sys.stderr)
     show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
 
 
@@ -123,4 +125,4 @@ def main():
     dataset = make_dataset(arguments)
     if arguments.command == "show":
         return show(arguments, dataset)
-    sys.exit(not all([check(path, dataset, arguments.split, arguments.eval_data) for path in arguments.paths]))
+    sys.exit(not all([check(path, dataset, arguments) for path in arguments.paths]))

@@ -21,6 +21,7 @@ from model.prompt import PLACEHOLDER
 
 EXPECTED = "expected JSON lines, a JSON list or a mixture file; of parquet files give the folder, in the Hub's layout"
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PARTS = {"text": "{}", "image": "<img>{}</img>", "image_url": "<img>{}</img>"}      # of a turn, by their "type"
 PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
 # what other programs write for a place, or for a box of the key "objects"
 OTHER_PLACES = re.compile(r"<(?!image>)(?i:\|?image[ _-]?\d*(?:_pad|_placeholder)?\|?|(?:img|picture|photo)[ _-]?\d+"
@@ -51,6 +52,22 @@ def images_of(entry):
     return entry.get("image") or entry.get("images") or []
 
 
+def path_of(image):
+    """An image as a path or an address; of {"path": ...} and {"url": ...} what they name, or "". Raises InputError."""
+    image = image.get("path") or image.get("url") or "" if isinstance(image, dict) else image
+    if str(image).startswith("data:image/"):
+        raise InputError(f"an image inside the row, {shown(image)}; write it to a file and give its path")
+    return image
+
+
+def text_of(content):
+    """The text of a turn. A list of parts, as in OpenAI's and transformers' chats, becomes text with its images."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = (PARTS[part["type"]].format(path_of(part.get(part["type"]) or part)) for part in content)
+    return "".join(texts).replace("<img></img>", PLACEHOLDER)           # an image that is beside the turns
+
+
 def turns_of(turns, speaker, text):
     """[{speaker: ..., text: ...}, ...] or [[question, answer], ...] -> [(speaker, text), ...]."""
     if not isinstance(turns, list) or not turns:
@@ -59,7 +76,7 @@ def turns_of(turns, speaker, text):
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and speaker in turn and text in turn:
             refuse_unread(turn, {speaker, text}, f"turn {number}: ")
-            pairs.append((turn[speaker], turn[text]))
+            pairs.append((turn[speaker], text_of(turn[text])))
         elif isinstance(turn, list) and len(turn) == 2:
             pairs += zip(("user", "assistant"), turn)
         else:
@@ -155,7 +172,8 @@ def read_entry(entry):
     accepted = accepted_answers(entry) if key == "question" else None
     refuse_unread(entry, entry.read, images=images)
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted, "question_types": types if isinstance(types, list) else [str(types)],
+            "accepted": accepted, "instruction": "",
+            "question_types": types if isinstance(types, list) else [str(types)],
             "questionId": next((name for name in ids if name is not None), None)}
 
 
@@ -174,7 +192,7 @@ def question_answer_pairs(turns):
             raise InputError(f"{speaker} speaks where {'an answer' if is_answer else 'a question'} is expected; "
                              "questions and answers take turns")
         if number > has_system and not text.strip():
-            raise InputError("an empty answer: nothing could be learned from it" if is_answer else "an empty question")
+            raise InputError("an empty answer; there is nothing to train on" if is_answer else "an empty question")
         if role != "user" and (place := PLACES.search(text)):
             raise InputError(f"{place.group()} in {'a system turn' if role == 'system' else 'an answer'}; expected "
                              "images in questions alone")
@@ -193,7 +211,7 @@ def place_images(turns, listed, first=0):
     `listed`: the images beside the turns, one or several; they take the places that have no path of their own. `first`:
     the turn that they begin if there is no place.
     """
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = [path_of(image) for image in (listed if isinstance(listed, list) else [listed])]
     if not all(isinstance(image, str) and image for image in listed):
         raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
     found = [match.group(1) for question, _ in turns for match in PLACES.finditer(question)]    # paths, or None
@@ -203,7 +221,7 @@ def place_images(turns, listed, first=0):
         return listed, turns
     if found.count(None) != len(listed):
         raise InputError(f"{found.count(None)} {PLACEHOLDER} and {len(listed)} images; "
-                         "expected one place an image, or none")
+                         "expected one for each image, or none")
     if "" in found:
         raise InputError("an <img></img> without a path")
     waiting = iter(listed)
@@ -273,7 +291,7 @@ def read_parts(path, changed, root=None, **more):
             row["images"] = tuple(locate(image, root or Path(path).parent) for image in row["images"])
             part.rows.append(row | more | {"place": place})
             if not row["turns"][-1][1]:
-                part.unanswered.append((place, "the last turn is no answer; expected an answer to every question"))
+                part.unanswered.append((place, "the last turn is not an answer; expected an answer to every question"))
         except InputError as error:
             part.problems.append((place, str(error)))
     if not found:
@@ -301,7 +319,7 @@ def entries(path, text):
     elif not isinstance(whole, InputError) or broken_list or first == "{":
         yield place, whole
     elif first and not re.search(r"^\s*[{\[]", text, re.MULTILINE):
-        yield f"{path}:1", InputError(f"no JSON in any line; {EXPECTED}")
+        yield f"{path}:1", InputError(f"no line is JSON; {EXPECTED}")
     else:
         yield from (read_json(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
@@ -311,7 +329,7 @@ def read_json(path, text, line=1):
     try:
         return f"{path}:{line}", json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"no JSON ({error})")
+        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"not JSON ({error})")
 
 
 # ------------------------------------------------------------------------------------------------------------- mixtures

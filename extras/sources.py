@@ -18,15 +18,15 @@ from data import numbered, open_hub_rows
 from model.errors import InputError, warn
 
 
-def open_rows(data, split, seed=0, domains="plain", hold_out=True, answered=True):
+def open_rows(data, split, seed=0, domains="plain", hold_out=True, columns=None, answered=True):
     """The rows of a split, to be iterated as often as needed: dicts, images not decoded.
 
     `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS, a
     mixture file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), pages drawn from `seed`
     that look like `domains`. Several, comma-separated, are mixed; `=2` behind a name: it comes twice in an epoch.
     A file has no splits: with `hold_out` "validation" is what `held_out` says of all files together and "train" the
-    others, else both are all rows. `answered`: rows without an answer are malformed. Raises InputError where it cannot
-    be reached, has no such split or columns, or has a malformed row.
+    others, else both are all rows. `columns`: see `open_hub_rows`. `answered`: rows without an answer are malformed.
+    Raises InputError for what cannot be reached or lacks a split or a column.
     """
     from extras import formats
     named, parts = named_parts(data), []
@@ -41,7 +41,8 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True, answered=True
             rows = [row for row in part.rows if not hold_out or formats.side_of(row, held) == split]
             parts.append((rows, name, weight * part.weight))
         if name not in files:
-            rows = open_synthetic(name, split, seed, domains) if is_synthetic(name) else open_hub_rows(name, split)
+            rows = (open_synthetic(name, split, seed, domains) if is_synthetic(name)
+                    else open_hub_rows(name, split, columns))
             parts.append((rows, name, weight))
     if all(rows == [] for rows, _, _ in parts):
         raise InputError(f"{data}: no rows for {split}: too few images to hold one out for validation; name others "
@@ -54,7 +55,7 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True, answered=True
 def count_rows(rows, name):
     """The number of the rows that `open_rows(name)` gave. Raises InputError where it is unknown, or without end."""
     if not hasattr(rows, "__len__"):
-        reason = "drawn without an end" if is_synthetic(name) else "not parquet, so their number is unknown"
+        reason = "drawn without end" if is_synthetic(name) else "not parquet, so their number is unknown"
         raise InputError(f"{name}: its rows are {reason}; give the length of the run with --steps")
     return len(rows)
 

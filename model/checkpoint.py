@@ -51,7 +51,7 @@ def resolve(name, seed=None, seen=()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
-            raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+            raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         seed = settings["seed"] if settings["from_scratch"] else None
         return resolve_base(f"{run / SETTINGS}: model", settings["model"], trained, seed, seen)
     if (path / ADAPTER_CONFIG).is_file():
@@ -91,7 +91,13 @@ def read_settings(run):
             raise ValueError("expected plain values")
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
+
+
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
 
 
 def latest_checkpoint(run):
@@ -145,7 +151,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
-                         f"{model.config.language.vocabulary}; they are not of the same model")
+                         f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
         if path.is_dir():

@@ -95,7 +95,7 @@ def test_a_system_text_beside_the_turns_means_the_same_in_every_format():
 
 @pytest.mark.parametrize("content, told", [
     (b"PAR1\0\0data\n{\"", "begins with b'PAR1'; .* of parquet files give the folder"), (b"\x1f\x8b\x08\0\0", "no text file"), (b"PK\x03\x04\x14\0[", "no text file"),
-    (b"image,question,answer\n" + b"a.png,What?,This\n" * 99, "no JSON in any line")])
+    (b"image,question,answer\n" + b"a.png,What?,This\n" * 99, "no line is JSON")])
 def test_a_file_of_another_kind_is_one_line(tmp_path, capsys, monkeypatch, content, told):
     (tmp_path / "x.jsonl").write_bytes(content)
     status, out, err = call(data, capsys, monkeypatch, "check", tmp_path / "x.jsonl")
@@ -118,7 +118,7 @@ def test_every_page_of_a_tiff_is_asked_about(tmp_path, capsys):
     assert [image.size for image in load_images(path)] == [(20, 10), (21, 10), (22, 10)]
     assert [image.size for image in load_images(path + "#2")] == [(21, 10)] and not capsys.readouterr().err
     for number in (0, 4, 4294967297):
-        with pytest.raises(InputError, match="it has 3 pages|cannot read"):
+        with pytest.raises(InputError, match="it has 3 pages|no such file"):
             load_images(f"{path}#{number}")
     assert load_image(path).size == (20, 10)
     assert "scan.tif: 3 pages, only the first is read" in capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_a_file_of_questions_without_answers_is_answered(pages, capsys, monkeypa
     status, out, err = call(infer, capsys, monkeypatch, "--tiny", "--evaluate", pages / "test.jsonl", "--predictions", pages / "p.json", "--max-new-tokens", 2)
     assert status == 0 and "3 questions, 0 of them with an answer to compare with" in out, err
     assert sorted(line["questionId"] for line in json.loads((pages / "p.json").read_text())) == [11, 12, 13]
-    assert "the last turn is no answer" in refuses(train, capsys, monkeypatch, "--tiny", "--data", pages / "test.jsonl", "--out", pages / "run")
+    assert "the last turn is not an answer" in refuses(train, capsys, monkeypatch, "--tiny", "--data", pages / "test.jsonl", "--out", pages / "run")
 
 
 # ------------------------------------------------------------------------------------------------------- where models are
@@ -268,7 +268,7 @@ def test_pages_with_an_image_of_the_validation_data_are_left_out_and_counted(pag
     steps = []
     monkeypatch.setattr(train, "check_step", lambda step, loss, norm, examples, *_: steps.extend(example.page.images[0] for example in examples))
     status, out, err = call(train, capsys, monkeypatch, *flags, pages / "run", "--steps", 99)
-    assert status == 0 and ", 2 pages with an image of --eval-data; most memory" in out, err
+    assert status == 0 and ", 2 pages with an image of --eval-data; peak memory" in out, err
     assert sorted(os.path.basename(path) for path in steps) == sorted(f"{i}.png" for i in range(12) if i not in (3, 5))
     status, out, _ = call(data, capsys, monkeypatch, "check", pages / "t.jsonl", "--eval-data", pages / "v.jsonl")
     assert status == 1 and out.count("v.jsonl: validation: ") == 2 and f"its image is in {pages / 't.jsonl'} too" in out

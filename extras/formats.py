@@ -301,7 +301,9 @@ def read_parts(path, changed, root=None, **more):
 
 def read_text(path):
     """The text of a file in UTF-8 or UTF-16. Raises InputError for a pipe, a device and a file that holds no text."""
-    content = Path(path).read_bytes() if os.path.isfile(path) else b"\0"
+    if not os.path.isfile(path):
+        raise InputError(f"not a regular file; {EXPECTED}")
+    content = Path(path).read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", "replace")
     if b"\0" in content:
@@ -391,18 +393,13 @@ def content_hash(image):
     return int.from_bytes(hashlib.sha1(b"%d " % size + content[:2 ** 16]).digest()[:8]) / 2 ** 64
 
 
-def held_out(rows):
-    """{image: whether it is held out for validation} for all images of some rows. Each image decides by itself.
+def splits_of(rows):
+    """The split of each row of all files together: "train", "validation", or "neither" where its images are of both.
 
-    So an image is never moved to validation by rows that are added, and a copy of a file belongs where the file does.
+    Each image decides by itself: so no image is in both, and rows that are added never move one to validation.
     """
     hashes = {image: content_hash(image) for row in rows for image in row["images"]}
     limit = min(1 / HELD_OUT, MOST_HELD_OUT / max(1, len(rows)))
     limit = max(limit, min(hashes.values(), default=0))                 # at least one image
-    return {image: number <= limit for image, number in hashes.items()}
-
-
-def side_of(row, held):
-    """The split of a row: validation if all its images are held out, train if none is, else neither."""
-    kept = {held[image] for image in row["images"]}
-    return {(): "train", (False,): "train", (True,): "validation"}.get(tuple(kept), "neither")
+    sides = ({hashes[image] <= limit for image in row["images"]} for row in rows)
+    return ["neither" if len(side) == 2 else "validation" if True in side else "train" for side in sides]

@@ -24,21 +24,21 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True, columns=None,
     `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS, a
     mixture file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), pages drawn from `seed`
     that look like `domains`. Several, comma-separated, are mixed; `=2` behind a name: it comes twice in an epoch.
-    A file has no splits: with `hold_out` "validation" is what `held_out` says of all files together and "train" the
-    others, else both are all rows. `columns`: see `open_hub_rows`. `answered`: rows without an answer are malformed.
-    Raises InputError for what cannot be reached or lacks a split or a column.
+    A file has no splits: with `hold_out` `splits_of` divides the rows of all files together, else both are all rows.
+    `columns`: see `open_hub_rows`. `answered`: rows without an answer are malformed. Raises InputError for what cannot
+    be reached or lacks a split or a column.
     """
     from extras import formats
     named, parts = named_parts(data), []
     files = {name: open_file(name, split, answered) for name, _ in named if os.path.isfile(name)}
     rows_of_files = [row for of_file in files.values() for part in of_file for row in part.rows] if hold_out else []
-    held = formats.held_out(rows_of_files)
-    neither = sum(formats.side_of(row, held) == "neither" for row in rows_of_files)
-    if neither and split == "train":
-        warn(f"{data}: {neither} rows show images that are held out for validation beside others; they are left out")
+    splits = formats.splits_of(rows_of_files)
+    split_of = dict(zip(map(id, rows_of_files), splits))
+    if "neither" in splits and split == "train":
+        warn(f"{data}: {splits.count('neither')} rows are left out: they show images that are held out and others")
     for name, weight in named:
         for part in files.get(name, ()):
-            rows = [row for row in part.rows if not hold_out or formats.side_of(row, held) == split]
+            rows = [row for row in part.rows if not hold_out or split_of[id(row)] == split]
             parts.append((rows, name, weight * part.weight))
         if name not in files:
             rows = (open_synthetic(name, split, seed, domains) if is_synthetic(name)

@@ -213,7 +213,7 @@ def test_pipes_and_sockets_are_refused_and_never_waited_for(pages, capsys, monke
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(pages / "socket"))
     for path in (pages / "pipe", pages / "socket", "/dev/zero"):
-        assert "no text file" in refuses(infer, capsys, monkeypatch, "--tiny", "--questions", path)
+        assert "not a regular file" in refuses(infer, capsys, monkeypatch, "--tiny", "--questions", path)
         refuses(infer, capsys, monkeypatch, "--tiny", "--image", path, "What?")
         refuses(infer, capsys, monkeypatch, "--tiny", "--video", path, "What?")
         refuses(train, capsys, monkeypatch, "--tiny", "--data", path, "--out", pages / "run")

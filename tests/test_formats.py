@@ -252,7 +252,7 @@ def test_rows_that_mix_both_are_counted_and_where_nothing_is_left_the_run_is_ref
     (tmp_path / "a.jsonl").write_text(jsonl([*(ask([i]) for i in addresses), *(ask([i, j]) for i, j in zip(addresses, addresses[1:]))]))
     sides = [open_rows(str(tmp_path / "a.jsonl"), split) for split in ("train", "validation")]
     neither = 79 - len(sides[0]) - len(sides[1])
-    assert neither > 0 and f"{neither} rows show images that are held out" in capsys.readouterr().err
+    assert neither > 0 and f"{neither} rows are left out: they show images that are held out and others" in capsys.readouterr().err
     for rows in ([ask(["a.png"])], [ask([])] * 9):
         (tmp_path / "few.jsonl").write_text(jsonl(rows))
         with pytest.raises(InputError, match="no rows for (train|validation): too few images to hold one out"):

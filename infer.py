@@ -85,11 +85,11 @@ def add_file_flags(group):
 
 def add_answer_flags(group):
     for name, default, text in (
-            ("max_tiles", None, "most tiles per image, thumbnail not counted; None: as the model was trained"),
+            ("max_tiles", None, "most tiles per image, thumbnail not counted (as in the model's training)"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
             ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
-                           help=f"{text} (%(default)s)")
+                           help=text + " (%(default)s)" * (default is not None))
     group.add_argument("--json", action="store_true", help="print a JSON object: the answer, its tokens, timings")
     group.add_argument("--show", metavar="FILE.png", help="draw the tiles of the first image")
     group.add_argument("--attend", metavar="FILE.png", help="draw where the answer looked on the images")

@@ -66,8 +66,7 @@ def add_data_flags(parser):
     add_switch(group, "--shuffle", "shuffle the pages, or keep the order of the file", default=True)
     add_switch(group, "--allow-private", "fetch images from private networks too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1, 10 ** 6), default=2048,
-         help="rows of a block, the unit of shuffling (%(default)s)")
+    flag("--look-ahead", type=int_in(1, 10 ** 6), default=2048, help="rows of a block, shuffled together (%(default)s)")
 
 
 def add_lora_flags(parser):

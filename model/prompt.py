@@ -109,15 +109,14 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     prompt, too_long = builder.prompt, []
     prefix = len(prompt.ids)
     for index, turns in enumerate(branches):
-        if max_length and sum(len(text or "") for turn in turns for text in turn) > LONGEST_TOKEN * max_length:
-            too_long.append(index)                                      # a text of megabytes is not even tokenized
-            continue
+        characters = sum(len(text or "") for turn in turns for text in turn)
+        hopeless = max_length and characters > LONGEST_TOKEN * max_length               # megabytes are not tokenized
         begin = len(prompt.ids)
         builder.branch, builder.position = index + 1 - len(too_long), prefix
-        for i, (question, answer) in enumerate(turns):
+        for i, (question, answer) in enumerate(() if hopeless else turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
-        if max_length and prefix + len(prompt.ids) - begin > max_length:
+        if hopeless or max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in vars(prompt).values():
                 del column[begin:]
             too_long.append(index)

@@ -101,6 +101,15 @@ def test_markup_is_read_learned_and_shown_as_tokens(tokenizer, tiny):
     assert tiny.tokenizer(answer).input_ids == [label for label in prompt.labels if label != IGNORE_INDEX][:-1]
 
 
+def test_a_text_that_cannot_fit_is_not_even_tokenized(tiny, monkeypatch):
+    """A question of 20 MB would take minutes."""
+    read, call = [], type(tiny.tokenizer).__call__
+    monkeypatch.setattr(type(tiny.tokenizer), "__call__", lambda self, text, **more: read.append(len(text)) or call(self, text, **more))
+    prompt, too_long = page_prompt(tiny.tokenizer, 64, [1], ["A?", "x" * 20_000_000, "C?"], ["1", "2", "3"], max_length=300)
+    assert too_long == [1] and max(read) < 1000 and set(prompt.branches) == {0, 1, 2}
+    assert page_prompt(tiny.tokenizer, 64, [1], ["A?"], [None])[0].ids
+
+
 def test_image_placeholders_beyond_the_images_are_text(tokenizer, reference):
     _, plain = reference
     prompt = conversation_prompt(tokenizer, 256, [1], [("<image>\nIs this an <image>?", None)])

@@ -27,10 +27,11 @@ PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
 OTHER_PLACES = re.compile(r"<(?!image>)(?i:\|?image[ _-]?\d*(?:_pad|_placeholder)?\|?|(?:img|picture|photo)[ _-]?\d+"
                           r"|ref-object|bbox)>")
 # keys that may carry an image or a turn; that may carry a mask; that carry nothing; and values that name an image
-CARRIES = re.compile("image|img|picture|photo|path|file|url|video|audio|object|box|turn|conversation|message|history|"
-                     "system|prompt|instruct|context|query|question|answer|respon|reject|input|output|tool", re.I)
+CARRIES = re.compile(r"image|img|picture|photo|\bpic|path|file|url|video|audio|media|visual|scan|\bdoc\b|object|box|"
+                     r"turn|conversation|message|history|system|prompt|instruct|context|query|question|answer|respon|label|"
+                     r"caption|\btext|chosen|reject|input|output|tool", re.I)
 MASKS = re.compile("loss|mask|weight|train", re.I)
-NOTHING = re.compile("(.*[_-])?(id|source|width|height|size|type)s?(_list)?|.*(Id|_en)")
+NOTHING = re.compile("(.*[_-])?(id|source|width|height|size|type|no)s?(_list)?|.*(Id|_en)")
 IMAGE_NAME = re.compile(r"\.(png|jpe?g|tiff?|webp|gif|bmp|pdf|jp2|avif)\b|\"(data:image|https?:)", re.I)
 HELD_OUT, MOST_HELD_OUT = 20, 64        # one image of a file in 20 is held out for validation, and about 64 at most
 
@@ -120,7 +121,8 @@ def refuse_unread(entry, read, place="", images=()):
         names_image = IMAGE_NAME.search(json.dumps(value))
         if NOTHING.fullmatch(key) and (images or not names_image):
             continue
-        if (names_image or MASKS.search(key) and value != 1
+        nested = isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value)
+        if (names_image or nested or MASKS.search(key) and value != 1
                 or CARRIES.search(key) and not isinstance(value, (bool, int, float))):
             raise InputError(f"{place}{key}: not a key that is read here, and it may carry an image, a turn or a mask; "
                              "use the keys in extras/README.md, or remove it")

@@ -39,7 +39,8 @@ def pages(tmp_path):
     ({"id": "a.png"}, "id"), ({"where": {"file": ["a.jpg"]}}, "where"), ({"url": "https://example.com/x"}, "url"),
     ({"images": ["a.png"], "image2": "b.png"}, "image2"), ({"images": ["a.png"], "back": "b.png"}, "back"), ({"image": "a.png", "images": ["b.png"]}, "images"),
     ({"objects": {"ref": ["the date"]}}, "objects"), ({"messages": MESSAGES}, "messages"), ({"history": [["a", "b"]]}, "history"), ({"respons": "x"}, "respons"), ({"prompt": "x"}, "prompt"),
-    ({"loss": False}, "loss"), ({"loss_mask": [0, 1]}, "loss_mask"), ({"rejected_response": "x"}, "rejected_response"), ({"tools": [{"name": "x"}]}, "tools")])
+    ({"loss": False}, "loss"), ({"loss_mask": [0, 1]}, "loss_mask"), ({"rejected_response": "x"}, "rejected_response"), ({"tools": [{"name": "x"}]}, "tools"),
+    ({"chosen": "x"}, "chosen"), ({"label": "x"}, "label"), ({"scan": "7"}, "scan"), ({"dialog": [["a", "b"]]}, "dialog")])
 def test_a_key_that_may_carry_an_image_a_turn_or_a_mask_is_reported(more, key):
     with pytest.raises(InputError, match=f"^{key}: not a key that is read here, and it may carry an image, a turn or a mask"):
         read_entry({"conversations": [["What?", "This."]]} | more)
@@ -47,7 +48,7 @@ def test_a_key_that_may_carry_an_image_a_turn_or_a_mask_is_reported(more, key):
 
 def test_keys_that_carry_nothing_are_passed_over():
     found = read_entry(CHAT | {"id": "a.png", "width": 9, "height_list": [9], "source": "b.png", "dataset": "mine", "topic": "x", "image_id": 4, "image_size": [9, 9],
-                               "history": [], "loss": True, "weight": 1, "objects": None, "tags": ["x"], "question_id": 3, "n_questions": 5})
+                               "history": [], "loss": True, "weight": 1, "objects": None, "tags": ["x"], "question_id": 3, "ucsf_document_page_no": "7", "docId": "x", "meta": {"a": 1}, "topics": "art", "n_questions": 5})
     assert found["images"] == ["a.png"] and found["questionId"] == 3 and found["turns"] == [("What?", "This.")]
 
 

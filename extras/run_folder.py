@@ -101,8 +101,8 @@ class RunFolder:
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
             raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
-                             f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
-                             ) from error
+                             "memory or a full /dev/shm; lower --workers or --max-tiles, then continue with --resume "
+                             f"{self.path}") from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))

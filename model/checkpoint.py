@@ -3,7 +3,7 @@
     model folder      config.json, the tokenizer's files and one model.safetensors, as published
     adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
-    checkpoint        of a run: its trained tensors in float32 and the optimizer's state; the rest is the base model's
+    checkpoint        of a run: what it trains or drew, and the optimizer's state; the rest is the base model's
 
 Only safetensors and JSON are read or written.
 """
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.errors import InputError
-from model.names import official_name, our_name
+from model.names import PARTS, official_name, our_name, part_of
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
@@ -34,48 +34,49 @@ TINY = Path(__file__).parent / "tiny"
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, seed=None, seen=()):
-    """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
+def resolve(name, skip=(), seen=()):
+    """Find a model -> (model folder, what to lay over it, parts that are not read from its weights).
 
-    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. `seen`: the keys of files
-    that led to it. Raises InputError.
+    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. `skip`: parts that the caller draws.
+    To lay over: (checkpoint or adapter folder, parts that its run drew, parts to skip in it). `seen`: the keys of files
+    that led to `name`. Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
-        return TINY, [], seed
+        return TINY, [], skip
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, seed, seen)
+        return resolve(path.parent, skip, seen)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
-        seed = settings["seed"] if settings["from_scratch"] else None
-        return resolve_base(f"{run / SETTINGS}: model", settings["model"], trained, seed, seen)
+        drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
+        return resolve_base(f"{run / SETTINGS}: model", settings["model"], trained, drawn, skip, seen)
     if (path / ADAPTER_CONFIG).is_file():
         where = f"{path / ADAPTER_CONFIG}: base_model_name_or_path"
-        return resolve_base(where, read_adapter_config(path)[0], path, seed, seen)
+        return resolve_base(where, read_adapter_config(path)[0], path, (), skip, seen)
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
-        return path, [], seed
+        return path, [], skip
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or "
                          "'tiny'")
-    return download(name, BESIDE_WEIGHTS if seed is not None else (WEIGHTS, *BESIDE_WEIGHTS)), [], seed
+    return download(name, BESIDE_WEIGHTS if {*PARTS} <= {*skip} else (WEIGHTS, *BESIDE_WEIGHTS)), [], skip
 
 
-def resolve_base(where, base, overlay, seed, seen):
+def resolve_base(where, base, overlay, drawn, skip, seen):
     """`resolve` the base model that a key of a file names, and lay a checkpoint or an adapter folder over it."""
     try:
         if where in seen:
             raise InputError(f"{base}: leads back to itself; expected another model")
-        folder, overlays, seed = resolve(base, seed, (*seen, where))
+        folder, overlays, without = resolve(base, {*skip, *drawn}, (*seen, where))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    return folder, [*overlays, overlay], seed
+    return folder, [*overlays, (overlay, drawn, skip)], without
 
 
 def read_settings(run):
@@ -125,10 +126,11 @@ def download(name, files):
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
-def load(model, folder, overlays, seed=None, device=None, dtype=None):
-    """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
+def load(model, folder, overlays, without=(), device=None, dtype=None):
+    """Fill a model that was built on the meta device, but for parts that nothing in `overlays` holds. See `resolve`."""
     from model.lora import load_adapter
-    for file in (file for path in (folder, *overlays) for file in (path.iterdir() if path.is_dir() else [path])):
+    paths = folder, *(path for path, _, _ in overlays)
+    for file in (file for path in paths for file in (path.iterdir() if path.is_dir() else [path])):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise InputError(f"{file}: a pipe, a socket or a device; expected a regular file")
     try:
@@ -139,25 +141,27 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if seed is None:
-        tensors, stored = read(folder / WEIGHTS, model.state_dict(), device, dtype)
-        model.load_state_dict(tensors, assign=True)
-    else:
-        check_size(model, folder)
-        model.to_empty(device="cpu").init_weights(seed)
-        model.to(device, dtype)
-        stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    if wanted := {name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in without}:
+        tensors, read_as = read(folder / WEIGHTS, wanted, device, dtype, without)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        stored |= read_as
+    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
+    check_size(empty, folder)
+    empty.to(dtype).to_empty(device=device)
+    if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
+        raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
-    for path in overlays:
+    for path, drawn, skip in overlays:
         if path.is_dir():
-            load_adapter(path, model)
+            load_adapter(path, model, skip)
         else:
-            load_checkpoint(path, model)
+            load_checkpoint(path, model, drawn, skip)
             tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
             model.config = replace(model.config, max_tiles=min(tiles, 128))
     return model
@@ -172,16 +176,16 @@ def check_size(model, folder):
                          f"{held / 1e9:,.0f} GB of memory; take a smaller model")
 
 
-def read(path, wanted, device, dtype):
+def read(path, wanted, device, dtype, skip=()):
     """Read a safetensors file -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file}).
 
-    `wanted`: {our name: tensor of the expected shape}. Raises InputError, which lists the tensors that are missing,
-    unexpected, or of another shape or dtype.
+    `wanted`: {our name: tensor of the expected shape}; `skip`: parts that are not read. Raises InputError, which lists
+    the tensors that are missing, unexpected, or of another shape or dtype.
     """
     tensors, stored, trouble = {}, {}, {"missing": [], "unexpected": [], "wrong shape": [], "wrong dtype": []}
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
+            names = [name for name in file.keys() if part_of(name) not in skip]
             for name in names:
                 ours, part = our_name(name), file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
@@ -198,26 +202,29 @@ def read(path, wanted, device, dtype):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
     trouble["missing"] = sorted({official_name(ours) for ours in wanted} - set(names))
-    listed = [f"{len(found)} {kind} ({', '.join(found[:3] + ['...'] * (len(found) > 3))})"
+    listed = [f"{len(found)} {kind} ({', '.join(found[:8] + ['...'] * (len(found) > 8))})"
               for kind, found in trouble.items() if found]
     if listed:
+        parts = {part_of(name) for found in trouble.values() for name in found} - {None}
         raise InputError(f"{path}: not the weights that its config.json describes: {'; '.join(listed)}; "
-                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}")
+                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}"
+                         + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
     return tensors, stored
 
 
-def load_checkpoint(path, model):
-    """Copy the trained tensors of a run's checkpoint into a model. See `read_checkpoint` and `lora.lay_over`."""
+def load_checkpoint(path, model, drawn=(), skip=()):
+    """Copy a run's checkpoint into a model, but for the parts in `skip`; the others that the run drew must be whole."""
     from model.lora import lay_over
-    trained, _, _, scale = read_checkpoint(path)
-    lay_over(model, trained, scale, path)
+    whole = [official_name(name) for name in model.state_dict() if part_of(name) in {*drawn} - {*skip}]
+    held, _, _, scale = read_checkpoint(path, whole)
+    lay_over(model, {name: tensor for name, tensor in held.items() if part_of(name) not in skip}, scale, path)
 
 
-def read_checkpoint(path):
-    """Read a checkpoint -> (trained tensors, optimizer state, `state`, scale of its adapters).
+def read_checkpoint(path, needed=()):
+    """Read a checkpoint -> (trained and drawn tensors, optimizer state, `state`, scale of its adapters).
 
     Tensors are in dicts by official name, those of the optimizer after their kind: "exp_avg.mlp1.1.weight". Raises
-    InputError, also where a byte changed.
+    InputError, also where a byte changed or a `needed` tensor is missing.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -229,6 +236,8 @@ def read_checkpoint(path):
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
                 tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
+            if missing := sorted({*needed} - tensors["model"].keys()):
+                raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew")
             return tensors["model"], tensors["optimizer"], json.loads(state), scale
     except InputError:
         raise

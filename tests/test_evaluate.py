@@ -20,6 +20,7 @@ from data import Page, PageDataset, group_rows_into_pages
 from extras import evaluate
 from extras.evaluate import answer, answer_batch, answer_questions, evaluate_rows, question_pages
 from model import InputError, InternVL
+from model.checkpoint import TINY
 
 
 def examples_of(model, rows, **more):
@@ -205,7 +206,7 @@ def test_ctrl_c_leaves_whole_lines_and_the_command_repeated_completes_them(tmp_p
     threading.Thread(target=server.serve_forever, daemon=True).start()
     images, out = [f"http://127.0.0.1:{server.server_port}/{i}.png" for i in range(6)], tmp_path / "answers.jsonl"
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": "What?", "images": [image]}) for image in images))
-    command = [sys.executable, ROOT / "infer.py", "--tiny", "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
+    command = [sys.executable, ROOT / "infer.py", "--tiny", "--model", TINY, "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while "/3.png" not in requests:
         assert process.poll() is None and not time.sleep(0.02)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import call, data, refuses, train
 from conftest import ROOT
+from embedded import PUBLISHED
 from example_formats import jsonl, write_formats
 from PIL import Image
 from reference import conversation_prompt, loss_of
@@ -22,6 +23,7 @@ from extras.formats import FORMATS, read_entry, read_file
 from extras.pictures import draw_tiles
 from extras.sources import count_rows, named_parts, open_rows
 from model import InputError
+from model.checkpoint import TINY
 from model.images import load_image
 from model.prompt import INSTRUCTION
 from model.tiling import choose_grid, tile_page
@@ -98,7 +100,7 @@ def test_several_turns_are_one_branch_whatever_the_format(asked, tmp_path, tiny)
     pages = [page for i in range(3) for page in group_rows_into_pages(itertools.islice(open_rows(str(tmp_path / "a.jsonl"), "train", hold_out=False), i, i + 1))]
     assert contents(pages)[0] == contents(pages)[1] == contents(pages)[2]
     example = PageDataset(tiny, 4)[pages[0]]
-    whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+    whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, example.tile_counts, turns)
     skip = len(tiny.tokenizer("Be brief.").input_ids) - 1           # the model's own system sentence is one token
     assert example.prompt.ids[-60:] == whole.ids[-60:] and example.prompt.labels[-60:] == whole.labels[-60:]
     assert example.prompt.positions == list(range(len(whole.ids) + skip)) and set(example.prompt.branches) == {0, 1}
@@ -131,13 +133,13 @@ def test_images_in_the_text_stay_where_they_are(asked, tmp_path, tiny):
         counts = [len(tile_page(load_image(image), 12 // len(images), 128)) for image in images]    # tiles are shared
         assert example.tile_counts == counts and len(example.tiles) == sum(counts)
         if example.page is not pages[2]:
-            whole = conversation_prompt(tiny.tokenizer, 64, counts, turns)
+            whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, counts, turns)
             assert (example.prompt.ids, example.prompt.labels) == (whole.ids, whole.labels)
             assert example.prompt.positions == list(range(len(whole.ids)))
     with torch.no_grad():                                       # split into prefix and branch or not: the loss is the same
         for example, (images, turns) in zip(examples, [rows[i] for i in seen]):
             if example.page is not pages[2]:
-                whole = conversation_prompt(tiny.tokenizer, 64, example.tile_counts, turns)
+                whole = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, example.tile_counts, turns)
                 losses = [loss_of(tiny, [(example.tiles, prompt)]).item() for prompt in (example.prompt, whole)]
                 assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -304,7 +306,7 @@ MALFORMED = [                           # a line, and what is reported about it
     ("{", "not JSON"), ('{"a": 1,}', "not JSON"), ("nonsense", "not JSON"), ('{"query": "a" "response": "b"}', "not JSON"), ("{'query': 'a'}", "not JSON"),
     ('{"query": "a", "response": "b"', "not JSON"), ('{"query": "a", "response": "b"}}', "not JSON"),
     (5, "5; expected an object"), ("null", "missing; expected an object"), ('"text"', '"text"; expected an object'), (True, "true; expected an object"),
-    ({}, "none of the keys conversations, messages, query, food_meta, question (found: none)"), ({"text": "x"}, "(found: text)"),
+    ({}, f"none of the keys {', '.join(FORMATS)} (found: none)"), ({"text": "x"}, "(found: text)"),
     ({"instruction": "x", "output": "y"}, "(found: instruction, output)"),
     ([], "turns are []"), ({"conversations": []}, "turns are []"), ({"conversations": None}, "turns are missing"),
     ({"conversations": "x"}, 'turns are "x"; expected a list'), ({"messages": {}}, "turns are {}"), ({"conversations": [5]}, "turn 1 is 5"),
@@ -452,11 +454,11 @@ def test_lists_and_mixtures_name_the_entry_and_broken_json_its_line(tmp_path, ca
         assert f"a.json{place}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
 
 
-def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkeypatch):
+def test_check_finds_nothing_wrong_with_right_files(files, asked, tiny, capsys, monkeypatch):
     status, out, _ = call(data, capsys, monkeypatch, "check", *files.values())
     assert status == 0 and len(out.splitlines()) == len(files)
     assert all(f"all is right; {len(asked[1])} rows, 8 pages, {len(asked[1])} questions" in line for line in out.splitlines())
-    status, out, _ = call(data, capsys, monkeypatch, "check", files["internvl.jsonl"], "--model", "tiny", "--max-length", 350)
+    status, out, _ = call(data, capsys, monkeypatch, "check", files["internvl.jsonl"], "--model", "tiny", "--max-length", 5 * tiny.config.tokens_per_tile + 30)
     assert status == 1 and "does not fit" in out and "internvl.jsonl:" in out.splitlines()[0]
     assert "nowhere" in refuses(data, capsys, monkeypatch, "check", "nowhere.jsonl")
 
@@ -468,16 +470,16 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
-    n = len(example.tiles)
+    n, tokens = len(example.tiles), tiny.config.tokens_per_tile
     drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*load_image(page.images[0]).size, 12, 128))
-    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], 64).tobytes()
+    assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], tokens).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
-    assert f"<IMG_CONTEXT> x {n * 64}" in out and "branch" not in out
+    assert f"<IMG_CONTEXT> x {n * tokens}" in out and "branch" not in out
     assert "\nprefix, shared by all questions: " in out and f"\nquestion 1 of {len(page.questions)}: " in out
-    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
+    assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * tokens} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"
@@ -509,7 +511,8 @@ def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, 
     assert status == 0 and "resumed after step 4" in out, err
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["anls"] for line in lines if "anls" in line][0] > 0.9 and (tmp_path / "run" / "curve.png").exists()
+    assert (tmp_path / "run" / "curve.png").exists()
+    assert TINY != PUBLISHED or [line["anls"] for line in lines if "anls" in line][0] > 0.9         # the published weights can read
 
 
 def test_pages_without_any_image_train_nothing_of_the_projector_and_do_not_stop_the_run(tmp_path, capsys, monkeypatch):

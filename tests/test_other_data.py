@@ -59,7 +59,7 @@ def test_training_validation_and_scoring_ask_with_the_instruction_and_read_the_c
     again = ("--evaluate", folders[0], "--predictions", tmp_path / "p.json", "--device", "cpu", "--max-tiles", 2, "--max-new-tokens", 5)
     checkpoint = sorted((tmp_path / "other" / "checkpoints").iterdir())[-1]
     assert call(infer, capsys, monkeypatch, "--model", checkpoint, *again, "--instruction", "Differently.")[0] == 0     # a typed one wins
-    assert "was begun with --instruction Differently.;" in refuses(infer, capsys, monkeypatch, "--model", checkpoint, *again)
+    assert "was started with --instruction Differently.;" in refuses(infer, capsys, monkeypatch, "--model", checkpoint, *again)
 
 
 def test_the_instruction_depends_on_where_rows_come_from_and_stands_behind_every_question(tiny):

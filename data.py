@@ -487,10 +487,8 @@ class PageDataset(Dataset):
 
 
 def leave_signals_to_the_parent(_):
-    """In a worker: leave Ctrl-C and a first SIGTERM to the main process; a second SIGTERM ends the worker.
-
-    So does an example that cannot be handed over, because /dev/shm is full: else the main process would wait for ever.
-    """
+    """In a worker: leave Ctrl-C and a first SIGTERM to the main process; a second SIGTERM ends the worker."""
+    # as does an example that cannot be handed over, because /dev/shm is full: the main process would wait for ever
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

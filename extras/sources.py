@@ -1,7 +1,7 @@
 """Which rows does `--data` name, and how are several data sets mixed?
 
     owner/name, FOLDER       parquet files on the Hub or here     streamed from any row on (data.py)
-    my.jsonl                 a file in one of the usual formats   read whole, one page in 20 held out for validation
+    my.jsonl                 a file in one of the usual formats   read whole, one image in 20 held out for validation
     synthetic                pages drawn from a seed              without an end
     my.jsonl=2,owner/name    several                              mixed evenly over the epoch
 

@@ -28,10 +28,9 @@ def load_image(source, allow_private=False, name=None, page=None):
     """Read an image -> Pillow image of mode 1, L or RGB.
 
     `source`: path, http(s) address, a file's bytes (or what `bytes()` turns into them), or an image, returned as it is.
-    `allow_private`: fetch from private networks too. `name`: of the source in errors. `page`: of a TIFF, from 0; the
-    first if it is None, and that others are left out is printed. The result is what a viewer shows: rotated as its EXIF
-    says, transparent parts white, 16 bits per channel scaled to 8, the first frame. Raises InputError, also for 32 bits
-    per channel and for more than 89 million pixels.
+    `allow_private`: fetch from private networks too. `name`: of the source in errors. `page`: of a TIFF, from 0. The
+    result is what a viewer shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to 8,
+    the first frame. Raises InputError, also for 32 bits per channel and for more than 89 million pixels.
     """
     if isinstance(source, Image.Image):
         return source

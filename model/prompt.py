@@ -109,8 +109,8 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     prompt, too_long = builder.prompt, []
     prefix = len(prompt.ids)
     for index, turns in enumerate(branches):
-        characters = sum(len(text or "") for turn in turns for text in turn)
-        hopeless = max_length and characters > LONGEST_TOKEN * max_length               # megabytes are not tokenized
+        # megabytes are not even tokenized
+        hopeless = max_length and sum(len(text or "") for turn in turns for text in turn) > LONGEST_TOKEN * max_length
         begin = len(prompt.ids)
         builder.branch, builder.position = index + 1 - len(too_long), prefix
         for i, (question, answer) in enumerate(() if hopeless else turns):

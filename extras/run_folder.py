@@ -194,7 +194,7 @@ def append_line(path, line):
 
 
 def read_lines(path):
-    """The objects of a jsonl file, without a half line at its end; none without a file. Raises InputError if damaged."""
+    """The objects of a jsonl file, without a half line at its end; none without a file. Raises InputError."""
     try:
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
         if not all(type(line.get("step", line.get("epoch"))) is int for line in lines):

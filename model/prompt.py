@@ -41,16 +41,15 @@ class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
     def __init__(self, tokenizer, tokens_per_tile, system=SYSTEM):
-        self.tokenizer, self.tokens_per_tile = tokenizer, tokens_per_tile
+        self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
         self.prompt, self.branch, self.position = Prompt(), 0, 0
         self.special(START)
         self.text(f"system\n{system}")
         self.special(END)
 
     def text(self, text, in_loss=False):
-        known = self.tokenizer.get_added_vocab()
-        for piece in MARKUP.split(text) if known.keys() >= set(MARKUP.findall(text)) else [text]:
-            self.append([known[piece]] if piece in known and MARKUP.fullmatch(piece) else
+        for piece in MARKUP.split(text) if self.added.keys() >= set(MARKUP.findall(text)) else [text]:
+            self.append([self.added[piece]] if piece in self.added and MARKUP.fullmatch(piece) else
                         self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):

@@ -13,12 +13,14 @@ The answer goes to standard output, everything else to standard error. An "<imag
 belongs; without any, the images come first, one per line.
 """
 import json
+import os
 from pathlib import Path
 
 from extras.cli import ANSWER_SETTINGS, OneLineParser, add_row_flags, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
 from model.checkpoint import settings_of
+from model.errors import warn
 from model.tokenizer import clean
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -54,7 +56,7 @@ def add_input_flags(group):
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
     group.add_argument("--video", metavar="PATH", help="a video (needs the package av), or an animated GIF, WebP, PNG")
-    group.add_argument("--frames", type=int_in(1), default=8, help="frames of the video, one tile each (%(default)s)")
+    group.add_argument("--frames", type=int_in(1, 999), default=8, help="frames of the video, one tile each (8)")
     group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar=("FROM", "TO"), help="seconds to show (all)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
@@ -83,11 +85,11 @@ def add_file_flags(group):
 
 def add_answer_flags(group):
     for name, default, text in (
-            ("max_tiles", 12, "most tiles per image, thumbnail not counted"),
+            ("max_tiles", None, "most tiles per image, thumbnail not counted (as in the model's training)"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
             ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
-                           help=f"{text} (%(default)s)")
+                           help=text + " (%(default)s)" * (default is not None))
     group.add_argument("--json", action="store_true", help="print a JSON object: the answer, its tokens, timings")
     group.add_argument("--show", metavar="FILE.png", help="draw the tiles of the first image")
     group.add_argument("--attend", metavar="FILE.png", help="draw where the answer looked on the images")
@@ -127,6 +129,7 @@ def conflicts(flags):
 
 def load_model(arguments):
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    arguments.max_tiles = arguments.max_tiles or model.config.max_tiles
     if arguments.int8:
         from extras.int8 import to_int8
         to_int8(model)
@@ -181,7 +184,11 @@ def evaluate(arguments):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
     rows = open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain", bool(arguments.split),
-                     arguments.columns)
+                     arguments.columns, answered=False)
+    run_of = settings_of(arguments.model)
+    if (run_of and arguments.split == "validation" and os.path.isfile(arguments.evaluate)
+            and (run_of.get("eval_data") or not run_of.get("eval_every"))):
+        warn(f"{arguments.model} held no pages out: these may have been trained on")
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name)
                  for name in ("model", "evaluate", "split", "instruction", "columns", *ANSWER_SETTINGS, "int8")}

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
 from model.checkpoint import WEIGHTS, latest_checkpoint, read_settings
-from model.errors import warn
+from model.errors import printable, warn
 from model.lora import TARGETS, add_adapters
 from model.names import official_name, part_of
 
@@ -71,12 +72,12 @@ def add_data_flags(parser):
     add_switch(group, "--shuffle", "shuffle the pages, or keep the order of the file", default=True)
     add_switch(group, "--allow-private", "fetch images from private networks too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block, the unit of shuffling (%(default)s)")
+    flag("--look-ahead", type=int_in(1, 10 ** 6), default=2048, help="rows of a block, shuffled together (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
-    flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
+    flag("--lora-rank", type=int_in(1, 16_384), default=16, help="width between the two matrices (%(default)s)")
     flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapters are scaled by alpha/rank (%(default)s)")
     flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
     flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
@@ -85,8 +86,8 @@ def add_lora_flags(parser):
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch size and length of the run").add_argument
-    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--batch-pages", type=int_in(1, 10_000), default=1, help="pages in a micro-batch (%(default)s)")
+    flag("--accumulate", type=int_in(1, 100_000), default=8, help="micro-batches in an optimizer step (%(default)s)")
     flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
     flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
 
@@ -105,7 +106,7 @@ def add_optimizer_flags(parser):
 def add_file_flags(parser):
     flag = parser.add_argument_group("validation and files").add_argument
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
-    flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    flag("--eval-pages", type=int_in(1, 10 ** 6), default=64, help="validation pages, always the same (%(default)s)")
     flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
     flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, and the best saved one (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
@@ -123,8 +124,8 @@ def add_machine_flags(parser):
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
     flag("--dtype", choices=("float32", "bfloat16"),
          help="dtype of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    flag("--seed", type=int_in(0), default=0, help="seed of the page order and of random weights (%(default)s)")
-    flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
+    flag("--seed", type=int_in(0, 2 ** 63 - 1), default=0, help="of page order and random weights (%(default)s)")
+    flag("--workers", type=int_in(0, 1000), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
     add_switch(group, "--checkpoint-activations",
                "recompute each block in the backward pass: less memory, a third more work")
@@ -140,6 +141,7 @@ def parse_args():
     args = parser.parse_args()
     if args.resume:
         kept = read_settings(args.resume) | {"out": args.resume}
+        parser.check_stored(kept, f"{args.resume}/settings.json")
         parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value    # checked as if typed
                                for key, value in kept.items()})
     elif args.tiny:
@@ -215,6 +217,7 @@ def load_model(args):
     seed = None if latest_checkpoint(args.out) else args.seed               # a checkpoint holds what was drawn
     parts = args.init.split(",") if args.init else ()
     model = InternVL.from_pretrained(args.model, args.device, args.dtype, parts, seed, args.allow_changed)
+    model.config = replace(model.config, max_tiles=args.max_tiles)       # written with the model
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -272,7 +275,8 @@ def print_run(args, model):
         source, sets = recipes.RECIPES[args.recipe]
         flags = " ".join(as_flag(*flag) for flag in sets.items() if getattr(args, flag[0]) == flag[1])  # not typed ones
         print(f"recipe {args.recipe} ({source}) sets {flags}")
-    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {args.out}/settings.json")
+    settings = f"{args.out}/settings.json"
+    print(printable(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {settings}"))
     print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
     for part, parameters in part_parameters(model).items():
         trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
@@ -320,10 +324,11 @@ def open_data(args, model, run, skips):
         held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
+        skips.leave_out(pages if args.eval_data else [])
     run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
-    print(f"reading {args.data} from epoch {state['epoch']}, block {state['block']} "
+    print(f"reading {printable(args.data)} from epoch {state['epoch']}, block {state['block']} "
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
@@ -451,7 +456,7 @@ def fit(args):
     """Train, in a folder that is locked."""
     run = RunFolder(args)
     if all(Path(name).is_file() for name, _ in named_parts(args.data)):
-        open_rows(args.data, "train")                       # a malformed row is refused before a model is loaded
+        open_rows(args.data, "train", hold_out=False)       # a malformed row is refused before a model is loaded
     model = load_model(args)
     run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
     print_run(args, model)
@@ -464,7 +469,7 @@ def fit(args):
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
         if step == 0 or step == first and (run.path / WEIGHTS).exists():
-            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
+            raise InputError(f"{run.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)
     print(f"{count(step, 'step')}, {count(run.state['questions'], 'question')}; {skips}; "

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import Example, Page, PageDataset, load_examples, page_blocks
 from extras.cli import as_flag
-from extras.formats import entries, images_of, locate, shown
+from extras.formats import entries, images_of, locate, read_text, shown
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -148,7 +148,7 @@ def write_json(path, value):
 def read_questions(path):
     """The (question, images) pairs of JSON lines or a JSON list. Raises InputError that names the line or the entry."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     asked = []

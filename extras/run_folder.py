@@ -135,8 +135,8 @@ class RunFolder:
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
             raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
-                             f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
-                             ) from error
+                             "memory or a full /dev/shm; lower --workers or --max-tiles, then continue with --resume "
+                             f"{self.path}") from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
@@ -228,8 +228,14 @@ def append_line(path, line):
 
 
 def read_lines(path):
-    """The objects of a jsonl file, none if there is no such file; a last line cut short by a crash does not count."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    """The objects of a jsonl file, without a half line at its end; none without a file. Raises InputError."""
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+        if not all(type(line.get("step", line.get("epoch"))) is int for line in lines):
+            raise ValueError("a line without a step")
+        return lines
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); repair it, or remove it") from error
 
 
 def keep_lines(path, wanted):
@@ -246,11 +252,18 @@ class SkipLog:
     `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands,
     and the pages of this epoch that were read before. `cut`: pages whose first part was in the block before.
     """
-    PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
+    PAGE, TOO_LONG, UNANSWERED, VALIDATION = (
+        "page", "questions too long", "questions without an answer", "pages with an image of --eval-data")
 
     def __init__(self, path=None, epoch=0, read=0):
         self.path, self.lines, self.epoch, self.read = path, read_lines(path) if path else [], epoch, read
-        self.cut = 0
+        self.cut, self.validation = 0, set()
+
+    def leave_out(self, pages):
+        """Count and skip pages that have an image of these validation pages."""
+        from extras.formats import content_hash
+        self.images_of = lambda page: set(map(content_hash, page.images))
+        self.validation = set().union(*map(self.images_of, pages))
 
     def add(self, page, what, count, reason):
         epoch, block, index = page.resume
@@ -268,6 +281,9 @@ class SkipLog:
         page = example.page
         self.epoch, self.read = page.epoch, self.read + 1 if page.epoch == self.epoch else 1
         self.cut += page.cut
+        if self.validation and self.validation & self.images_of(page):
+            self.add(page, self.VALIDATION, 1, "validated on, so not trained on")
+            return False
         if page.unanswered:
             self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
         if example.error:
@@ -286,16 +302,19 @@ class SkipLog:
 
         Before its end only where 100 pages were read, or the first five cannot be used.
         """
-        skipped = [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
-        judged = at_end or self.read >= 100 or self.read == 5 == len(skipped)
-        if judged and (len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0):
-            raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
-                             f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
+        lines = [line for line in self.lines if line["left_out"] in (self.PAGE, self.VALIDATION)
+                 and line["epoch"] == self.epoch]
+        skipped = sum(line["left_out"] == self.PAGE for line in lines)
+        judged = at_end or self.read >= 100 or self.read == 5 == skipped
+        if judged and skipped > max(1, self.read // 100) or at_end and len(lines) == self.read > 0:
+            raise InputError(f"{len(lines)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
+                             f"page {lines[-1]['page']}: {lines[-1]['reason']}")
 
     def __str__(self):
         cut = f"; {count(self.cut, 'page')} split in two by the edge of a block, since this start" if self.cut else ""
+        left_out = f", {self.count(self.VALIDATION)} {self.VALIDATION}" if self.validation else ""
         return (f"skipped: {count(self.count(self.PAGE), 'page')}, {count(self.count(self.TOO_LONG), 'question')} "
-                f"too long, {self.count(self.UNANSWERED)} without an answer{cut}")
+                f"too long, {self.count(self.UNANSWERED)} without an answer{left_out}{cut}")
 
 
 def sample_tables(samples):

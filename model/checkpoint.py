@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,12 +36,13 @@ TINY = Path(__file__).parent / "tiny"
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, skip=(), allow_changed=False):
+def resolve(name, skip=(), allow_changed=False, seen=()):
     """Find a model -> (model folder, what to lay over it, parts that are not read from its weights).
 
     `name`, `allow_changed`: see `InternVL.from_pretrained`; files of a Hub id are downloaded. `skip`: parts that the
     caller draws.
-    To lay over: (checkpoint or adapter folder, parts that its run drew, parts to skip in it). Raises InputError.
+    To lay over: (checkpoint or adapter folder, parts that its run drew, parts to skip in it). `seen`: the keys of files
+    that led to `name`. Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
@@ -48,22 +50,22 @@ def resolve(name, skip=(), allow_changed=False):
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, skip, allow_changed)
+        return resolve(path.parent, skip, allow_changed, seen)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
-        if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
-            raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
-        base = folder, overlays, without = resolve(settings["model"], {*skip, *drawn}, allow_changed)
+        where = f"{run / SETTINGS}: model"
+        found = resolve_base(where, settings["model"], trained, drawn, skip, allow_changed, seen)
         if not allow_changed:                               # with `skip`: compare what the run itself has read
-            check_base(name, settings, *(resolve(settings["model"], drawn, True) if skip else base))
-        return folder, [*overlays, (trained, drawn, skip)], without
+            base = resolve(settings["model"], drawn, True) if skip else (found[0], found[1][:-1], found[2])
+            check_base(name, settings, *base)
+        return found
     if (path / ADAPTER_CONFIG).is_file():
-        folder, overlays, without = resolve(read_adapter_config(path)[0], skip, allow_changed)
-        return folder, [*overlays, (path, (), skip)], without
+        where = f"{path / ADAPTER_CONFIG}: base_model_name_or_path"
+        return resolve_base(where, read_adapter_config(path)[0], path, (), skip, allow_changed, seen)
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
@@ -74,9 +76,22 @@ def resolve(name, skip=(), allow_changed=False):
     return download(name, BESIDE_WEIGHTS if {*PARTS} <= {*skip} else (WEIGHTS, *BESIDE_WEIGHTS)), [], skip
 
 
+def resolve_base(where, base, overlay, drawn, skip, allow_changed, seen):
+    """`resolve` the base model that a key of a file names, and lay a checkpoint or an adapter folder over it."""
+    try:
+        if where in seen:
+            raise InputError(f"{base}: leads back to itself; expected another model")
+        folder, overlays, without = resolve(base, {*skip, *drawn}, allow_changed, (*seen, where))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return folder, [*overlays, (overlay, drawn, skip)], without
+
+
 def read_settings(run):
     """The settings of a run folder, as train.py wrote them. Raises InputError."""
     try:
+        if not os.path.isfile(Path(run, SETTINGS)):
+            raise ValueError(f"no file {SETTINGS} in it")
         settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
         for key, kind in (("model", str), ("seed", int), ("from_scratch", bool), ("train", str)):
             if not isinstance(settings.get(key), kind):
@@ -178,10 +193,14 @@ def download(name, files):
 def load(model, folder, overlays, without=(), device=None, dtype=None):
     """Fill a model that was built on the meta device, but for parts that nothing in `overlays` holds. See `resolve`."""
     from model.lora import load_adapter
+    paths = folder, *(path for path, _, _ in overlays)
+    for file in (file for path in paths for file in (path.iterdir() if path.is_dir() else [path])):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file}: a pipe, a socket or a device; expected a regular file")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -203,7 +222,12 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
                          f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path, drawn, skip in overlays:
-        load_adapter(path, model, skip) if path.is_dir() else load_checkpoint(path, model, drawn, skip)
+        if path.is_dir():
+            load_adapter(path, model, skip)
+        else:
+            load_checkpoint(path, model, drawn, skip)
+            tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
+            model.config = replace(model.config, max_tiles=min(tiles, 128))
     model.fingerprint = fingerprint(folder, overlays, without)
     return model
 
@@ -311,6 +335,10 @@ def save(model, folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if config.get("max_dynamic_patch") != model.config.max_tiles:   # others cut pages by it
+            config["max_dynamic_patch"] = model.config.max_tiles
+            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error

@@ -89,7 +89,7 @@ def sample(logits, temperature, top_p, generators):
     """float32 logits (questions, V), one generator per question -> int64 (questions,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability, token = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    probability, token = torch.softmax(logits / max(temperature, 1e-6), dim=-1).sort(dim=-1, descending=True)
     before = probability.cumsum(dim=-1) - probability                       # of all likelier tokens together
     probability[(before >= top_p) & (before > 0)] = 0                       # the likeliest one always stays
     drawn = torch.stack([torch.multinomial(p, 1, generator=generator) for p, generator in zip(probability, generators)])

@@ -115,8 +115,8 @@ def read_adapter_config(folder):
         plain = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
         trouble = [f"{key} {config[key]!r}" for key in plain if config.get(key) not in (plain[key], None)]
         base = config["base_model_name_or_path"]
-        if not base:
-            raise InputError(f"{path}: base_model_name_or_path is empty; write the model of the adapter there")
+        if not base or not isinstance(base, str):
+            raise InputError(f"{path}: base_model_name_or_path is {base!r}; write the model of the adapter there")
         if config["peft_type"] != "LORA" or trouble:
             raise InputError(f"{path}: {config['peft_type']} {', '.join(trouble)}; "
                              "expected plain LoRA, one rank and alpha for all layers")

@@ -18,6 +18,7 @@ from extras import chat_cli
 from extras.chat_cli import ChatShell, answer_one, stats_line
 from model import InputError
 from model.checkpoint import TINY
+from model.errors import CONTROL
 
 
 class Terminal(io.StringIO):
@@ -136,7 +137,7 @@ def test_control_characters_never_reach_a_terminal(tiny, monkeypatch, capsys, as
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     answer_one(chat, "What?", as_json, one_line)
     shown = capsys.readouterr().out
-    assert "\x9b" in whole and not chat_cli.CONTROL.search(shown) and "b\N{REPLACEMENT CHARACTER}31mc" in shown
+    assert "\x9b" in whole and not CONTROL.search(shown) and "b\N{REPLACEMENT CHARACTER}31mc" in shown
     chat_cli.log("no\x1b[31msuch.png\n")
     assert capsys.readouterr().err == "no\N{REPLACEMENT CHARACTER}[31msuch.png\n\n"
 

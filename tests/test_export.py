@@ -303,7 +303,7 @@ def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
 
 
 @pytest.mark.parametrize("message, change", [
-    ("base_model_name_or_path is empty", lambda config, tensors: config.update(base_model_name_or_path=None)),
+    ("base_model_name_or_path is None", lambda config, tensors: config.update(base_model_name_or_path=None)),
     ("expected plain LoRA", lambda config, tensors: config.update(use_dora=True)),
     ("expected plain LoRA", lambda config, tensors: config.update(peft_type="IA3")),
     ("expected plain LoRA", lambda config, tensors: config.update(rank_pattern={"q_proj": 2})),

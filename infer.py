@@ -12,13 +12,17 @@
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one to a line.
 """
+import contextlib
 import json
 from pathlib import Path
 
-from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
+from extras.cli import ANSWER_SETTINGS, SCORES, OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
+from model.checkpoint import BESIDE_WEIGHTS, CHECKPOINTS, SETTINGS, WEIGHTS
 from model.tokenizer import clean
+
+MODEL_FILES = (WEIGHTS, SETTINGS, *BESIDE_WEIGHTS, "adapter_*", f"{CHECKPOINTS}/*")      # in the folder of --model
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -71,11 +75,12 @@ def add_mode_flags(group):
 
 def add_file_flags(group):
     group.add_argument("--out", metavar="FILE.jsonl",
-                       help="append the answers of --questions or --folder to a file; what it answers is skipped")
+                       help="file for the answers of --questions or --folder; the answers in it are kept")
     group.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
     group.add_argument("--predictions", metavar="FILE.json",
-                       help="answers of --evaluate in the challenge's format; what it answers is skipped")
+                       help="file for the answers of --evaluate in the challenge's format; those in it are kept")
     group.add_argument("--batch", type=int_in(1), default=1, help="pages answered at once (%(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace files that exist; keep no answer in them")
 
 
 def add_answer_flags(group):
@@ -116,9 +121,41 @@ def conflicts(flags):
         (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
         ((flags.predictions or flags.split) and not flags.evaluate,
          "--predictions and --split belong to --evaluate DATA"),
-        *((not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path).parent}; make it first")
-          for path in (flags.out, flags.predictions) if path),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def check_outputs(flags, images=()):
+    """Raise InputError for a file to be written that exists, unless it continues or --overwrite replaces it.
+
+    None may be an input, or two of them the same file. `images`: those that questions are about.
+    """
+    continued = [flags.out, flags.predictions, flags.predictions and flags.predictions + SCORES]
+    outputs = [name for name in (*continued, flags.show, flags.attend, flags.explain) if name]
+    if outputs:
+        from extras.outputs import new_file
+        from extras.sources import named_parts
+        data = [name for name, _ in named_parts(flags.evaluate)] if flags.evaluate else []
+        read = [*images, *flags.image, *data, *filter(None, (flags.model, flags.video, flags.questions))]
+        if flags.overwrite:                                 # otherwise a file that is not ours is refused in any case
+            read += [file for pattern in MODEL_FILES for file in Path(flags.model).glob(pattern)]
+            read += [file for name in data for file in Path(name).glob("**/*")]
+        for name in outputs:
+            read.append(new_file(name, flags.overwrite, read, resume=name in continued))
+
+
+@contextlib.contextmanager
+def held(name, overwrite, beside=()):
+    """Hold a file of answers for this process alone. Yields its path, or None without one.
+
+    `overwrite`: remove it first, and those with one of the suffixes `beside` behind its name.
+    """
+    from extras.outputs import lock
+    with lock(name) if name else contextlib.nullcontext():
+        for suffix in ("", *beside) if name and overwrite else ():
+            Path(name + suffix).unlink(missing_ok=True)
+        yield name and Path(name)
 
 
 # ------------------------------------------------------------------------------------------------ the model, a question
@@ -167,8 +204,10 @@ def answer_many(arguments):
     from extras.evaluate import answer_questions, folder_questions, read_questions
     asked = (folder_questions(arguments.folder, arguments.question) if arguments.folder
              else read_questions(Path(arguments.questions)))
-    answer_questions(load_model(arguments), asked, arguments.out and Path(arguments.out), arguments.batch,
-                     arguments.allow_private, **settings(arguments))
+    check_outputs(arguments, [image for _, images in asked for image in images])
+    model = load_model(arguments)
+    with held(arguments.out, arguments.overwrite) as path:
+        answer_questions(model, asked, path, arguments.batch, arguments.allow_private, **settings(arguments))
 
 
 def evaluate(arguments):
@@ -182,8 +221,8 @@ def evaluate(arguments):
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
-    answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
-                                   arguments.batch, arguments.allow_private)
+    with held(arguments.predictions, arguments.overwrite, [SCORES]) as path:
+        answers, table = evaluate_rows(model, rows, made_with, path, arguments.batch, arguments.allow_private)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:
@@ -206,6 +245,7 @@ def explain(arguments):
 
 def main():
     arguments = parse_arguments()
+    check_outputs(arguments)
     if arguments.questions or arguments.folder:
         answer_many(arguments)
     elif arguments.evaluate:

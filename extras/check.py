@@ -51,7 +51,7 @@ def check(path, dataset, split):
     problems = [problem for part in parts for problem in part.problems + part.remarks]
     pages, pictures = [], set()
     for page in itertools.chain.from_iterable(blocks):
-        problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
+        problems += problems_of(dataset[page], dataset.limit, in_file=bool(parts))
         pictures.update(image for image in page.images if isinstance(image, str))
         pages.append((page.rows, len(page.questions), page.unanswered))
     rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
@@ -74,13 +74,13 @@ def print_problems(path, problems):
             print(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}"))
 
 
-def problems_of(example, max_length, in_file):
+def problems_of(example, limit, in_file):
     """(place, reason) of all that keeps a page, or some of its questions, out of training."""
     page, kept, reason = example.page, example.kept_questions, example.error
     places = [place for i, place in enumerate(page.places) if i not in kept]
     if reason and not (in_file and places):
         return [(page.name, reason)]
-    return [(place, reason or f"does not fit --max-length {max_length}") for place in dict.fromkeys(places)]
+    return [(place, reason or f"does not fit {limit}") for place in dict.fromkeys(places)]
 
 
 def by_line(problem):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.errors import finite
 from model.language import KVCache, page_mask
 from model.prompt import END
 from model.tokenizer import special_id
@@ -40,7 +41,8 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in questions] if temperature else questions
     running = list(range(len(questions)))                               # indices of the questions that have not ended
     for _ in range(max_new_tokens):
-        tokens = sample(logits.float(), temperature, top_p, [generators[i] for i in running])
+        logits = finite(logits.float(), "a vector of logits", "the answer")
+        tokens = sample(logits, temperature, top_p, [generators[i] for i in running])
         step = dict(zip(running, tokens.tolist()))
         yield [step.get(i) for i in range(len(questions))]
         going_on = [n for n, i in enumerate(running) if step[i] != end]

@@ -335,7 +335,7 @@ def evaluate(model, examples):
     from extras.evaluate import answer_batch
     from extras.score import anls, exact_match
     model.eval()
-    total, tokens, answers, skips = 0.0, 0, [], SkipLog()
+    total, tokens, answers, failed, skips = 0.0, 0, [], 0, SkipLog()
     for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
@@ -348,9 +348,12 @@ def evaluate(model, examples):
         longest = int(batch.branches[0][batch.answer_index.cpu() + 1].bincount().max())
         with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
             answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=max(LONGEST_ANSWER, longest))
+        failed += sum(bool(one.error) for one in answered)
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
+    if skips.lines or failed:
+        warn(f"validation: {skips}; {failed} questions not answered, which counts as wrong")
     scores = {score.__name__: sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
               for score in (exact_match, anls)}
     return {"val_loss": total / tokens, **scores}, answers

@@ -368,7 +368,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                 bar.update(len(lines) - len(waiting) - bar.n)
     table = score_table(lines)
     write_whole(path, as_json([{key: line[key] for key in PREDICTION} for line in lines]))
-    asked = write({}, scores=table)
+    asked = write({}, scores=table, not_answered=sum(line["error"] is not None for line in lines))
     print_counts(lines, sum(line["key"] in earlier for line in lines), len(earlier.keys() - asked))
     return lines, table
 

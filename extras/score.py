@@ -113,8 +113,8 @@ def score_table(answers):
 
 def print_scores(answers, table, settings):
     """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
-    scored = table["all"]["questions"] if table else 0
-    print(f"{len(answers)} questions, {scored} of them with an answer to compare with; "
+    scored, failed = table["all"]["questions"] if table else 0, sum(line["error"] is not None for line in answers)
+    print(f"{len(answers)} questions, {scored} of them with an answer to compare with, {failed} not answered; "
           + ", ".join(f"{name} {value}" for name, value in settings.items()))
     print(f"{'':<32} questions  " + "  ".join(PRINTED))
     for name, row in table.items():

@@ -89,6 +89,20 @@ def test_validation_gives_the_answers_of_an_evaluation_and_sees_each_page_once(t
     assert [line["answer"] for line in answers] == [line["answer"] for line in whole] and len(seen) == 3
 
 
+def test_a_validation_answers_as_long_as_the_longest_right_answer_and_counts_what_it_leaves_out(tiny, monkeypatch, capsys):
+    asked, answers = [], evaluate.answer_batch
+    monkeypatch.setattr(evaluate, "answer_batch", lambda *given, **more: asked.append(more["max_new_tokens"]) or answers(*given, **more))
+    rows = mixed_rows(2)
+    for row in rows:
+        row["answers"] = ["word " * 100] if row["docId"] else ["word"]
+    rows[0]["question"] = "the date of this page " * 400
+    examples = examples_of(tiny, rows)
+    train.evaluate(tiny, examples)
+    longest = len(tiny.tokenizer("word " * 100).input_ids) + 1
+    assert asked == [train.LONGEST_ANSWER, longest] and longest > train.LONGEST_ANSWER
+    assert "validation: skipped: 0 pages, 1 questions too long, 0 without an answer; 0 questions not answered" in capsys.readouterr().err
+
+
 def test_questions_about_the_same_images_share_a_page_of_bounded_size():
     assert [page.ids for page in question_pages([(0, "A?", ["a"]), (1, "B?", ["b"]), (2, "C?", ["a"]), (3, "<image> D?", ["a"]),
                                                  (4, "<image> D?", ["a"]), (5, "E <image>?", []), (6, "F?", [])])] == [[0, 2], [1], [3, 4], [5, 6]]

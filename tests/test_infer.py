@@ -338,6 +338,8 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--predictions", "x.json", "What?"), "belong to --evaluate"),
     (("--device", "nonsense", "What?"), "try --device cpu"),
     (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
+    *(((flag, ""), f"argument {flag}: the value is empty") for flag in (
+        "--evaluate", "--questions", "--folder", "--out", "--predictions", "--image", "--show", "--explain", "--model", "--split")),
 ])
 def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, message):
     flags = [flag.replace("WEB", web).replace("PAGE", str(page)) for flag in flags]
@@ -454,6 +456,23 @@ def test_scores_are_those_of_the_answers_by_type_and_none_without_answers(folder
     wrong = sum(row["docId"] == 3 for row in rows)
     assert status == 0 and "3/1: cannot read it as an image" in err and "not answered" in err
     assert json.loads(out)["all"]["exact_match"] == pytest.approx(1 - wrong / len(rows))
+
+
+def test_no_room_for_a_question_is_an_error_and_what_is_not_answered_is_counted(folder, page, tmp_path, capsys, monkeypatch):
+    rows = [{"id": name, "question": question, "answer": "x", "images": [image]} for name, question, image in (
+        ("a", "What?", "page.png"), ("b", "What?", "gone.png"), ("a", "the date of this page " * 400, "page.png"))]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--model", folder, "--device", "cpu", "--evaluate", tmp_path / "e.jsonl", "--predictions", tmp_path / "p.json")
+    for most in (2048, 4096):
+        assert f"{most} tokens of answer leave no room for a question in the model's 2048 positions" in refuses(infer, capsys, monkeypatch, *flags, "--max-new-tokens", most)
+    assert not list(tmp_path.glob("p.json*"))
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--max-new-tokens", 4)
+    assert status == 0 and "3 questions, 3 of them with an answer to compare with, 2 not answered; " in out
+    assert "3 questions: 1 answered now, 0 kept, 2 not answered\n1 ids stand at more than one question; the first is a\n" in err
+    assert json.loads((tmp_path / "p.json.scores.json").read_text())["not_answered"] == 2
+    Image.new("L", (128, 128)).save(tmp_path / "gone.png")
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--max-new-tokens", 4)
+    assert "3 questions: 1 answered now, 1 kept, 1 not answered" in err and ", 1 not answered; " in out
 
 
 def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page, tmp_path):

@@ -63,7 +63,9 @@ def open_hub_rows(data, split):
     check_columns(data, rows.column_names or [])
     if builder.name == "parquet":
         return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
-    return rows.cast_column("image", datasets.Image(decode=False))
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows.files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return rows
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ def add_input_flags(group):
     group.add_argument("--model", default="OpenGVLab/InternVL2-1B",
                        help="Hub id, model, run or adapter folder, or checkpoint (%(default)s)")
     group.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
+    group.add_argument("--allow-changed", action="store_true", help="read a run although its base model has changed")
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
     group.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
@@ -161,7 +162,8 @@ def held(name, overwrite, beside=()):
 # ------------------------------------------------------------------------------------------------ the model, a question
 
 def load_model(arguments):
-    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype,
+                                     allow_changed=arguments.allow_changed)
     if arguments.int8:
         from extras.int8 import to_int8
         to_int8(model)

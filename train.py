@@ -23,6 +23,7 @@ from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
+from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
@@ -102,9 +103,12 @@ def add_file_flags(parser):
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
     flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
     flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
-    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best one (%(default)s)")
+    flag("--keep", type=int_in(1), default=5,
+         help="newest checkpoints to keep, beside the saved one with the lowest validation loss (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
+    flag("--allow-changed", action="store_true",
+         help="use a run although its base model, its data or its validation pages changed since it began")
     flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
          help="layout of the exported folder; native is the old name of transformers (%(default)s)")
@@ -151,7 +155,6 @@ def parse_args():
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.out = args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     if args.model != "tiny" and Path(args.model).exists():              # the run can be used from any folder
         args.model = str(Path(args.model).resolve())
     args.data, args.eval_data = whole_paths(args.data), args.eval_data and whole_paths(args.eval_data)
@@ -209,7 +212,7 @@ def load_model(args):
     if args.from_scratch:
         model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
     else:
-        model = InternVL.from_pretrained(args.model, args.device, args.dtype)
+        model = InternVL.from_pretrained(args.model, args.device, args.dtype, allow_changed=args.allow_changed)
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -302,16 +305,17 @@ def training_steps(loader, skips, args):
         skips.check_limit()
 
 
-def open_data(args, model, state, skips):
+def open_data(args, model, run, skips):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
-    hold_out = holds_out(vars(args))
+    state, hold_out = run.state, holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
-    dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
+    dataset, held_out, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), [], []
     if args.eval_every:
         held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
+    run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
     print(f"reading {args.data}: epoch {state['epoch']}, block {state['block']} of {args.look_ahead:,} rows "
@@ -436,15 +440,24 @@ def main():
     args = parse_args()
     if args.export:
         from extras.export import export
-        return export(*args.export, args.format, args.push_to_hub)
+        return export(*args.export, args.format, args.push_to_hub, args.allow_changed)
+    with (lock(args.out) if args.resume else
+          new_folder(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}", free=not args.out)) as folder:
+        args.out = str(folder)
+        fit(args)
+
+
+def fit(args):
+    """Train, in a folder that is locked."""
     run = RunFolder(args)
     model = load_model(args)
+    run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
     print_run(args, model)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
         first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
-        data = open_data(args, model, run.state, skips)
+        data = open_data(args, model, run, skips)
         run.begin()
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]

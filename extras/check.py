@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
 from extras.cli import OneLineParser, int_in
 from extras.formats import read_file
+from extras.outputs import free_name, new_file
 from extras.pictures import show_example
-from extras.sources import open_rows
+from extras.sources import named_parts, open_rows
 from model.checkpoint import CONFIG, resolve
 from model.config import Config
 from model.errors import InputError
@@ -24,7 +25,8 @@ def parse_arguments():
     show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
     show.add_argument("path", metavar="PATH", help="as in check")
     show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
-    show.add_argument("--out", help="the picture's file (show-N.png)")
+    show.add_argument("--out", help="the picture's file (show-N.png, or a name like it that is free)")
+    show.add_argument("--overwrite", action="store_true", help="replace the file of --out if it exists")
     for flag in (check.add_argument, show.add_argument):
         flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
              "not needed (the embedded model; check then judges no lengths)")
@@ -37,7 +39,7 @@ def parse_arguments():
 
 def make_dataset(arguments):
     """The PageDataset for --model: only its configuration and its tokenizer are needed."""
-    folder, _, _ = resolve(arguments.model or "tiny", seed=0)              # a seed: the weights are not fetched
+    folder, _, _ = resolve(arguments.model or "tiny", 0, True)             # a seed: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
@@ -95,12 +97,16 @@ def show(arguments, dataset):
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
         raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+    inputs = [*(name for name, _ in named_parts(arguments.path)), *getattr(rows, "files", ()),
+              *(image for image in page.images if isinstance(image, str))]
+    out = (new_file(arguments.out, arguments.overwrite, inputs) if arguments.out is not None
+           else free_name(f"show-{arguments.number}.png"))
     example = dataset[page]
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
         print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
-    show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
+    show_example(example, dataset, out)
 
 
 def main():

@@ -123,10 +123,10 @@ def timed(model, prompts, **settings):
 
 # --------------------------------------------------------------------------------------------------------------- resume
 
-def fingerprint(model, **settings):
-    """What all answers of a file have in common, as text: a hash of the model's content, and the settings.
+def made_with(model, **settings):
+    """The fingerprint of a file of answers, a text: a hash of the model's content, and the settings.
 
-    Hashed are weights, as they are in memory, configuration and tokenizer: 2 s for a billion weights of two bytes.
+    Hashed are all weights, as they are in memory, configuration and tokenizer: 2 s for a billion weights of two bytes.
     """
     tensors, files = model.state_dict(), [model.folder / name for name in TOKENIZER_FILES]
     rest = repr(model.config).encode() + b"".join(file.read_bytes() for file in files if file.is_file())
@@ -302,7 +302,7 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
     `generate`. A question that cannot be answered gets {"question", "error"}.
     Raises InputError for a file of other weights or settings.
     """
-    mark, content = path and fingerprint(model, max_tiles=max_tiles, **settings), functools.cache(content_of)
+    mark, content = path and made_with(model, max_tiles=max_tiles, **settings), functools.cache(content_of)
     earlier = read_earlier(path, read_answers, mark)
     keys = [page_keys(Page("", images, [question], [""]), content)[0] if path else None for question, images in asked]
     lines = {number: earlier[key] | {"images": asked[number][1]} for number, key in enumerate(keys) if key in earlier}
@@ -347,7 +347,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     Raises InputError for predictions of other weights or settings, and where there are no rows.
     """
     generation, lines, waiting = {name: settings[name] for name in GENERATION}, [], deque()
-    mark = path and fingerprint(model, max_tiles=settings["max_tiles"], **generation)
+    mark = path and made_with(model, max_tiles=settings["max_tiles"], **generation)
     earlier = read_earlier(path, read_predictions, mark)
 
     def write(earlier, **scores):

@@ -18,9 +18,10 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
+from extras.outputs import new_folder
 from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
-from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
+from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, write_tensors, write_text
 from model.names import split
 from model.tokenizer import TOKENIZER_FILES, special_id
 
@@ -31,28 +32,27 @@ CARD = (                                # settings in a model card
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
-def export(source, target, layout, repository=None):
+def export(source, folder, layout, repository=None, allow_changed=False):
     """Write the model of a run, or of one of its checkpoints, with a model card; upload it to a Hub repository.
 
-    `layout`: "official", "transformers" (or "native", its older name) or "peft". Raises InputError for a folder that
-    holds a run, a model or a README.md already, and for a run that the layout cannot hold.
+    `layout`: "official", "transformers" (or "native", its older name) or "peft". `allow_changed`: as of
+    `InternVL.from_pretrained`. Raises InputError for a folder that is not empty, for a run whose base model changed,
+    and for one that the layout cannot hold.
     """
-    path, folder = Path(source), Path(target)
-    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
-    if held:
-        raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
+    path = Path(source)
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
-    try:
-        if layout == "peft":
-            save_adapter(run, path if is_checkpoint else checkpoint.latest_checkpoint(run), folder)
-        elif layout == "official":
-            InternVL.from_pretrained(source, "cpu", "float32").save_pretrained(folder)
-        else:
-            save_transformers(InternVL.from_pretrained(source, "cpu", "float32"), folder)
-        write_card(run, folder, layout, last_step=int(path.stem.split("-")[-1]) if is_checkpoint else math.inf)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be written there ({error})") from error
+    trained = path if is_checkpoint else checkpoint.latest_checkpoint(run)
+    with new_folder(folder) as folder:
+        try:
+            if layout == "peft":
+                save_adapter(run, trained, folder, allow_changed)
+            else:
+                model = InternVL.from_pretrained(source, "cpu", "float32", allow_changed=allow_changed)
+                model.save_pretrained(folder) if layout == "official" else save_transformers(model, folder)
+            write_card(run, folder, layout, checkpoint.step_of(trained.name) if trained else math.inf)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: the model cannot be written there ({error})") from error
     print(f"wrote {folder}")
     if repository:
         try:
@@ -63,7 +63,7 @@ def export(source, target, layout, repository=None):
                              f"or upload {folder} yourself") from error
 
 
-def save_adapter(run, path, folder):
+def save_adapter(run, path, folder, allow_changed):
     """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged.
 
     A projector that is trained as a whole becomes a module to save. Raises InputError for a run without adapters, or
@@ -72,6 +72,8 @@ def save_adapter(run, path, folder):
     settings = checkpoint.read_settings(run)
     if path is None:
         raise InputError(f"{run}: a run without a checkpoint yet")
+    if not allow_changed:
+        checkpoint.resolve(path)                # compares the base model, on which the adapter is to be laid
     trained, _, _, scale = checkpoint.read_checkpoint(path)
     ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
     whole = [name for name in trained if ".lora_" not in name]

@@ -191,6 +191,7 @@ class Part:
     weight: float = 1.0
     entries: int = 0                    # right and wrong ones
     remarks: list = field(default_factory=list)                 # as problems, but the rows can be used
+    digest: str = ""                    # a hash of the file's text
 
 
 def read_file(path):
@@ -204,11 +205,12 @@ def read_file(path):
 @functools.lru_cache(maxsize=32)
 def read_parts(path, changed, root=None, **more):
     """`changed`: the file's time, for the cache. `root`: folder of the images. `more`: settings of every row."""
-    found = list(entries(path, Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")))
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    found = list(entries(path, text))
     whole = found[0][1] if len(found) == 1 else None
     if isinstance(whole, dict) and any(isinstance(part, dict) and "annotation" in part for part in whole.values()):
         return read_mixture(path, whole)
-    part = Part(entries=len(found))
+    part = Part(entries=len(found), digest=hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest())
     for place, value in found:
         try:
             if isinstance(value, InputError):

@@ -5,8 +5,11 @@
 A line of metrics.jsonl, samples.jsonl and skipped.jsonl belongs to a step; resuming drops those after the checkpoint.
 """
 import contextlib
+import hashlib
 import json
+import secrets
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,14 +17,28 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from data import image_bytes
+from extras.sources import Mixture, is_synthetic, named_parts
 from model import checkpoint, lora
-from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, write_text
+from model.checkpoint import (
+    CHECKPOINTS,
+    SETTINGS,
+    WEIGHTS,
+    checkpoint_name,
+    is_left_behind,
+    latest_checkpoint,
+    step_of,
+    write_text,
+)
 from model.errors import InputError, warn
+from model.images import fetch
 from model.names import official_name
 from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
-NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
+NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed")       # no settings of a run
+MADE_OF = ("base_fingerprint", "data_fingerprint", "eval_data_fingerprint", "validation_pages")     # see `compare`
+WRITTEN = (SETTINGS, METRICS, SAMPLES, SKIPPED, WEIGHTS)                  # files that are replaced as a whole
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
@@ -35,19 +52,45 @@ class RunFolder:
 
     def __init__(self, args):
         self.path, self.args = Path(args.out), args
-        if not args.resume and any((self.path / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
-            raise InputError(f"{self.path}: holds a run or a model already; choose another --out, or continue it with "
-                             f"--resume {self.path}")
+        if args.resume and not hasattr(args, "run_id"):
+            raise InputError(f"{self.path}: a run of an earlier version, without fingerprints; begin a new one with "
+                             f"--model {self.path}")
+        args.run_id = getattr(args, "run_id", secrets.token_hex(8))
         self.state = dict.fromkeys(("step", "epoch", "block", "index", "rows", "pages", "questions"), 0)
         self.saved = 0                  # step of the newest checkpoint
         self.whole = True               # no optimizer step is half done
         self.losses = {}                # step -> validation loss
         self.micro_batches = []         # examples of the step that runs, for messages
 
+    def compare(self, key, found, what):
+        """Note in the settings what the run is made of; returns whether that changed. Raises InputError, see below."""
+        changed = getattr(self.args, key, found) != found
+        if changed and not self.args.allow_changed:
+            raise InputError(f"{self.path}: the {what} is not what the run began with; bring that back, or continue "
+                             "with what is there: --allow-changed")
+        if changed:
+            warn(f"the {what} is not what the run began with")
+        setattr(self.args, key, found)
+        return changed
+
+    def compare_data(self, rows, held_out, pages):
+        """The same for the training rows, the validation rows and the validation pages, whose images are read now."""
+        args = self.args
+        self.compare("data_fingerprint", data_fingerprint(args.data, rows, args.domain), f"data {args.data}")
+        if args.eval_every and args.eval_data:
+            found = data_fingerprint(args.eval_data, held_out, args.domain)
+            self.compare("eval_data_fingerprint", found, f"validation data {args.eval_data}")
+        hashes = ",".join(keep_images(page, args.allow_private) for page in pages)
+        if args.eval_every and self.compare("validation_pages", hashes, "set of validation pages"):
+            warn(f"validation begins anew; {METRICS} and {SAMPLES} lose what they say about the pages before")
+            self.losses = {}
+            keep_lines(self.path / METRICS, lambda line: "val_loss" not in line)
+
     def restore(self, model, optimizer):
         """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
-        for half in (*self.path.rglob("*.part"), *self.path.rglob(".tmp*")):    # of a process killed while it wrote
-            half.unlink()
+        for half in (*self.path.glob("*.part"), *self.path.glob(f"{CHECKPOINTS}/*.part")):
+            if is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
+                shutil.rmtree(half, ignore_errors=True)
         newest = latest_checkpoint(self.path)
         if newest:
             state = restore_checkpoint(newest, model, optimizer)
@@ -66,8 +109,9 @@ class RunFolder:
         kept = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
         if self.args.resume:
             before = checkpoint.read_settings(self.path)
-            for key in [key for key in kept if key in before and str(kept[key]) != str(before[key])]:
-                print(f"changed: --{key.replace('_', '-')} {before[key]} -> {kept[key]}")
+            for key in [key for key in kept if key in before and key not in MADE_OF]:
+                if str(kept[key]) != str(before[key]):
+                    print(f"changed: --{key.replace('_', '-')} {before[key]} -> {kept[key]}")
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")
 
@@ -144,9 +188,9 @@ class RunFolder:
     def save(self, model, optimizer):
         """Write a checkpoint; delete old ones."""
         self.saved = step = self.state["step"]
-        path = self.path / CHECKPOINTS / f"step-{step:07d}.safetensors"
-        save_checkpoint(path, model, optimizer, self.state)
-        keep_newest(self.path, self.args.keep, self.losses)
+        path = self.path / CHECKPOINTS / checkpoint_name(step)
+        save_checkpoint(path, model, optimizer, self.state, self.args.run_id)
+        keep_newest(self.path, self.args.keep, self.losses, self.args.run_id)
         (self.path / WEIGHTS).unlink(missing_ok=True)           # of an earlier end of this run: the checkpoint is newer
 
 
@@ -282,9 +326,45 @@ def next_steps(folder):
             f'python infer.py --model {named} {image}"{question}"')
 
 
+# ------------------------------------------------------------------------------------------------ what a run is made of
+
+def data_fingerprint(data, rows, domains):
+    """A hash, 16 hex digits, of what the `rows` of `data` come from; reads no image.
+
+    Of the text of files; of parquet files the names and sizes, on the Hub their addresses, which hold the commit; of
+    drawn pages the domains; of a mixture also the weights.
+    """
+    from extras.formats import read_file
+    found = []
+    for name, weight in named_parts(data):
+        found += [weight, *([name, domains] if is_synthetic(name) else ())]
+        if Path(name).is_file():                        # the file itself, and those that it names if it is a mixture
+            found += [Path(name).read_bytes(), *(part.digest for part in read_file(name))]
+    for source, *_ in rows.parts if isinstance(rows, Mixture) else [(rows,)]:
+        for path in map(Path, getattr(source, "files", ())):
+            found += [path.name, path.stat().st_size] if path.exists() else [str(path)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def keep_images(page, allow_private):
+    """Replace the images of a page by their bytes; returns a hash of these and of the questions.
+
+    One that cannot be read becomes an empty file, so that its page is skipped every time.
+    """
+    total = hashlib.sha256(repr((page.questions, page.accepted)).encode())
+    for i, image in enumerate(page.images):
+        try:
+            is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
+            page.images[i] = fetch(image, allow_private) if is_address else bytes(image_bytes({"image": image}))
+        except (InputError, OSError) as error:
+            page.images[i] = warn(f"page {page.name}: {error}") or b""
+        total.update(page.images[i])
+    return total.hexdigest()[:12]
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(path, model, optimizer, state):
+def save_checkpoint(path, model, optimizer, state, run_id=""):
     """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
@@ -295,7 +375,7 @@ def save_checkpoint(path, model, optimizer, state):
                 for kind, value in optimizer.state[parameter].items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(state)
-    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
+    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state), "run_id": run_id}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
     try:
         path.parent.mkdir(exist_ok=True)
@@ -329,11 +409,10 @@ def trained_parameters(model):
     return {official_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def keep_newest(run, count, losses):
+def keep_newest(run, count, losses, run_id):
     """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
-    paths = sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))
-    checkpoints = {int(path.stem.removeprefix("step-")): path for path in paths}
-    best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
-    for step in list(checkpoints)[:-count]:
+    ours = {step: path for step, path in checkpoint.checkpoints(run).items() if checkpoint.run_of(path) == run_id}
+    best = min(ours.keys() & losses.keys(), key=losses.get, default=None)
+    for step in list(ours)[:-count]:
         if step != best:
-            checkpoints[step].unlink()
+            ours[step].unlink()

@@ -9,6 +9,7 @@ Only safetensors and JSON are read or written.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.errors import InputError, finite
+from model.errors import InputError, finite, warn
 from model.names import official_name, our_name
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -28,15 +29,16 @@ BESIDE_WEIGHTS = (                      # the other files of a model folder, for
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
     "configuration_*.py", "modeling_*.py", "conversation.py")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MOST_HEADER = 100_000_000               # bytes of the header of a safetensors file, the format's own limit
 TINY = Path(__file__).parent / "tiny"
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, seed=None):
+def resolve(name, seed=None, allow_changed=False):
     """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
 
-    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
+    `name`, `allow_changed`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
@@ -44,7 +46,7 @@ def resolve(name, seed=None):
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, seed)
+        return resolve(path.parent, seed, allow_changed)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
@@ -52,10 +54,16 @@ def resolve(name, seed=None):
             raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
-        folder, overlays, seed = resolve(settings["model"], settings["seed"] if settings["from_scratch"] else None)
+        seed = settings["seed"] if settings["from_scratch"] else None
+        folder, overlays, seed = resolve(settings["model"], seed, allow_changed)
+        if "base_fingerprint" not in settings:
+            warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
+        elif not allow_changed and settings["base_fingerprint"] != fingerprint(folder, overlays, seed):
+            raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
+                             "back, or use this one with --allow-changed")
         return folder, [*overlays, trained], seed
     if (path / ADAPTER_CONFIG).is_file():
-        folder, overlays, seed = resolve(read_adapter_config(path)[0], seed)
+        folder, overlays, seed = resolve(read_adapter_config(path)[0], seed, allow_changed)
         return folder, [*overlays, path], seed
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -81,9 +89,60 @@ def read_settings(run):
         raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
 
 
+def checkpoint_name(step):
+    return f"step-{step:07d}.safetensors"
+
+
+def step_of(name):
+    """The step in the name of a checkpoint file; None if it is not exactly such a name."""
+    number = re.match("step-([0-9]{7,18})", name)
+    return int(number[1]) if number and name == checkpoint_name(int(number[1])) else None
+
+
+def checkpoints(run):
+    """{step: file} of a run's checkpoints, the newest last."""
+    paths = [path for path in Path(run, CHECKPOINTS).glob("step-*") if step_of(path.name) is not None]
+    return {step_of(path.name): path for path in sorted(paths, key=lambda path: step_of(path.name))}
+
+
 def latest_checkpoint(run):
     """The newest checkpoint file of a run, or None."""
-    return max(Path(run, CHECKPOINTS).glob("step-*.safetensors"), default=None)
+    return next(reversed(checkpoints(run).values()), None)
+
+
+def run_of(path):
+    """The id of the run that wrote a checkpoint; None for one of an earlier version, and for what cannot be read."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("run_id")
+
+
+def fingerprint(folder, overlays=(), seed=None):
+    """A hash, 16 hex digits, of a model as `resolve` found it: config, tokenizer, and its weights or their seed.
+
+    Of weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
+    """
+    files = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
+    files += sorted(folder.glob("model*.safetensors")) if seed is None else ()
+    for path in overlays:
+        files += sorted(path.glob("adapter_*")) if path.is_dir() else [path]
+    total = hashlib.sha256(f"{seed}".encode())
+    for path in filter(Path.is_file, files):
+        for part in (path.name.encode(), *(parts_of(path) if path.suffix == ".safetensors" else [path.read_bytes()])):
+            total.update(part)
+    return total.hexdigest()[:16]
+
+
+def parts_of(path):
+    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            yield (header := file.read(min(size, MOST_HEADER)))
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(8 + size + begin)
+                    yield file.read(min(end - begin, 4096))
 
 
 def download(name, files):
@@ -133,6 +192,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
         load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
+    model.fingerprint = fingerprint(folder, overlays, seed)
     return model
 
 
@@ -196,7 +256,9 @@ def read_checkpoint(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata(), file.keys()
-            state, scale = metadata["state"], float(metadata.get("lora_scale", 0))
+            state, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            if (run / SETTINGS).is_file() and metadata.get("run_id") != read_settings(run).get("run_id"):
+                raise InputError(f"{path}: a checkpoint of another run; move it away")
             if checksum(names, file.get_tensor, state) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
@@ -258,8 +320,13 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def atomic_replace(path):
-    """Yield a path beside `path` to write to; then rename it, so that `path` never holds half a file."""
-    beside = path.with_name(path.name + ".part")
+    """Yield a path to write to, in a folder of its own; then rename it to `path`, which so never holds half a file."""
+    for number in itertools.count():
+        folder = path.with_name(f"{path.name}.part{number or ''}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()                                  # so nothing in it is anybody else's
+            break
+    beside = folder / path.name
     try:
         yield beside
         with open(beside, "r+b") as file:
@@ -267,4 +334,9 @@ def atomic_replace(path):
         os.chmod(beside, 0o644)                             # safetensors makes it readable by its owner alone
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_left_behind(folder):
+    """Whether this is a folder of `atomic_replace` whose process was killed; `.tmp*` is safetensors' own."""
+    return folder.is_dir() and all(path.name == folder.stem or path.match(".tmp*") for path in folder.iterdir())

@@ -49,13 +49,14 @@ class InternVL(nn.Module):
         self.tokenizer = None
 
     @classmethod
-    def from_pretrained(cls, name, device=None, dtype=None, seed=None):
+    def from_pretrained(cls, name, device=None, dtype=None, seed=None, allow_changed=False):
         """Load a model with its tokenizer from a Hub id, a model, run or adapter folder, or a checkpoint.
 
         `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU. `seed`: draw the
-        weights instead of reading them. Raises InputError for a file that is missing, truncated or of another model.
+        weights instead of reading them. `allow_changed`: read a run that is not finished although its base model is
+        not the one that it was trained on. Raises InputError for a file that is missing, truncated or of another model.
         """
-        folder, overlays, seed = checkpoint.resolve(name, seed)
+        folder, overlays, seed = checkpoint.resolve(name, seed, allow_changed)
         with torch.device("meta"):
             model = cls(Config.read(folder / checkpoint.CONFIG))
         return checkpoint.load(model, folder, overlays, seed, device, dtype)

@@ -25,7 +25,7 @@ from extras import evaluate, plots, run_folder
 from extras.run_folder import restore_checkpoint, save_checkpoint
 from extras.sources import open_rows
 from model import InputError, InternVL
-from model.checkpoint import latest_checkpoint
+from model.checkpoint import latest_checkpoint, run_of
 from model.images import load_image
 from model.prompt import IGNORE_INDEX
 from model.tiling import choose_grid, tile_page
@@ -94,6 +94,7 @@ def test_25_kills_change_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     moments = json.loads(done.stdout)
     assert len(moments) == 25 and {phase for phase, _ in moments} == {"check_step", "evaluate", "save_checkpoint", "main"}
+    assert sum(orphans for _, orphans in moments) > 5                   # resumed while workers of the killed process lived
     assert_same(tmp_path / "whole", tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 56 + 20
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3     # --keep 2 and the best; no half-written file
@@ -115,7 +116,7 @@ def test_going_on_at_page_50000_draws_no_page_before_it(fit, monkeypatch):
     optimizer = train.make_optimizer(model, argparse.Namespace(lr=1.0, weight_decay=0, beta2=0.999, device="cpu"))
     path = latest_checkpoint(run)
     state = restore_checkpoint(path, model, optimizer) | dict(zip(("epoch", "block", "index"), before.resume))
-    save_checkpoint(path, model, optimizer, state)
+    save_checkpoint(path, model, optimizer, state, run_of(path))
     (run / "model.safetensors").unlink()
     drawn, used = [], []
     monkeypatch.setattr(pages.DrawnFile, "__bytes__", lambda file, draw=pages.DrawnFile.__bytes__: drawn.append(file.page) or draw(file))

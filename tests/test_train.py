@@ -351,11 +351,11 @@ def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message)
 def test_a_folder_that_holds_a_run_is_not_overwritten(fit, capsys, monkeypatch, tmp_path):
     run = fit("run", "--steps", 1, "--accumulate", 1)
     before = (run / "settings.json").read_bytes()
-    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
-    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", TINY)
+    assert "holds checkpoints already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
+    assert "already; choose a new or an empty folder" in refuses(train, capsys, monkeypatch, "--tiny", "--out", TINY)
     assert (run / "settings.json").read_bytes() == before
     (tmp_path / "file").write_text("x")
-    assert "cannot be written" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
+    assert "exists, and is no folder" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
 
 
 def command(*flags, cwd=ROOT, **environment):

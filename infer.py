@@ -147,14 +147,11 @@ def check_outputs(flags, images=()):
 
 
 @contextlib.contextmanager
-def held(name, overwrite, beside=()):
-    """Hold a file of answers for this process alone. Yields its path, or None without one.
-
-    `overwrite`: remove it first, and those with one of the suffixes `beside` behind its name.
-    """
+def held(name, overwrite, *suffixes):
+    """Hold a file of answers for this process alone; `overwrite` removes it, and NAME + suffix. Yields its path."""
     from extras.outputs import lock
     with lock(name) if name else contextlib.nullcontext():
-        for suffix in ("", *beside) if name and overwrite else ():
+        for suffix in ("", *suffixes) if name and overwrite else ():
             Path(name + suffix).unlink(missing_ok=True)
         yield name and Path(name)
 
@@ -220,10 +217,12 @@ def evaluate(arguments):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
     rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
+    of_files = [part for part, *_ in getattr(rows, "parts", [(rows,)]) if isinstance(part, list)]
+    check_outputs(arguments, [image for part in of_files for row in part for image in row["images"]])
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
-    with held(arguments.predictions, arguments.overwrite, [SCORES]) as path:
+    with held(arguments.predictions, arguments.overwrite, SCORES) as path:
         answers, table = evaluate_rows(model, rows, made_with, path, arguments.batch, arguments.allow_private)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))

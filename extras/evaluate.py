@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections import Counter, deque
@@ -156,10 +155,7 @@ def check_fingerprint(path, found, wanted):
 
 
 def page_keys(page, content):
-    """A key for each question of a page: the hash of all that its answer depends on beside the fingerprint.
-
-    `content`: as `content_of`. None where an image cannot be read; then there is no answer either.
-    """
+    """A key for each question of a page, None if an image is not there: a hash of all that its answer depends on."""
     images, keys, before = [content(image) for image in page.images], [], []
     for i, question in enumerate(page.questions):
         before = before if i in page.follows else []
@@ -171,18 +167,13 @@ def page_keys(page, content):
 
 
 def content_of(image):
-    """The hash of an image's file, with the page of a PDF; an address as it is; None for what cannot be read."""
+    """The hash of an image's file, and its suffix, as in scan.pdf#2; an address as it is; None if there is no file."""
     if not isinstance(image, str):
         return hashlib.sha256(bytes(image)).hexdigest()
-    if "://" in image:
-        return image
-    page = re.search(r"\.pdf(#\d+)?$", image, re.IGNORECASE)            # as `load_images`
-    path = image[:page.start() + 4] if page else image
-    with contextlib.suppress(OSError, ValueError):
-        if Path(path).is_file():
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() + (page[0].lower() if page else "")
-    return None
+    path = image if os.path.isfile(image) else image.rpartition("#")[0]
+    with contextlib.suppress(OSError), open(path if os.path.isfile(path) else "", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() + Path(image).suffix
+    return image if "://" in image else None
 
 
 def print_counts(lines, kept, dropped):
@@ -195,17 +186,13 @@ def print_counts(lines, kept, dropped):
         warn(f"{len(repeated)} ids stand at more than one question; the first is {repeated[0]}")
 
 
-def write_whole(path, text):
-    """Write a file, if there is a path, whole or not at all. Raises InputError."""
+def write_json(path, *values, indent=2):
+    """Write values, if there is a path, one after another; the file is whole or stays as it was. Raises InputError."""
     try:
         if path:
-            write_text(path, text)
+            write_text(path, "".join(json.dumps(value, indent=indent, ensure_ascii=False) + "\n" for value in values))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
-
-
-def as_json(value):
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------ --questions, --folder
@@ -320,7 +307,7 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
             lines[number] = line | {"question": question, "images": images}
             while waiting and waiting[0] in lines:              # questions about other pages may come before it
                 print(json.dumps(lines[waiting.popleft()], ensure_ascii=False), file=file, flush=True)
-    write_whole(path, "".join(json.dumps(lines[i], ensure_ascii=False) + "\n" for i in range(len(asked))))
+    write_json(path, *(lines[number] for number in range(len(asked))), indent=None)
     print_counts(lines.values(), kept, len(earlier.keys() - set(keys)))
 
 
@@ -332,7 +319,8 @@ def read_answers(path, mark):
     kept = {}
     for line in map(json.loads, lines):
         check_fingerprint(path, line["fingerprint"], mark)
-        kept |= {} if "error" in line else {line["key"]: line}
+        if "error" not in line and line["key"]:
+            kept[line["key"]] = line
     return kept
 
 
@@ -351,9 +339,10 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     earlier = read_earlier(path, read_predictions, mark)
 
     def write(earlier, **scores):
-        answers = {line["key"]: line["answer"] for line in lines if line["answer"] is not None and not line["error"]}
-        write_whole(path and scores_file(path), as_json(
-            {"fingerprint": mark, "settings": settings, "answers": earlier | answers, **scores}))
+        answers = {line["key"]: line["answer"] for line in lines
+                   if line["key"] and line["answer"] is not None and line["error"] is None}
+        write_json(path and scores_file(path),
+                   {"fingerprint": mark, "settings": settings, "answers": earlier | answers, **scores})
         return answers.keys()
 
     examples = make_examples(model, unanswered(rows, earlier, lines, waiting),
@@ -367,7 +356,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                 write(earlier)
                 bar.update(len(lines) - len(waiting) - bar.n)
     table = score_table(lines)
-    write_whole(path, as_json([{key: line[key] for key in PREDICTION} for line in lines]))
+    write_json(path, [{key: line[key] for key in PREDICTION} for line in lines])
     asked = write({}, scores=table, not_answered=sum(line["error"] is not None for line in lines))
     print_counts(lines, sum(line["key"] in earlier for line in lines), len(earlier.keys() - asked))
     return lines, table

@@ -186,7 +186,7 @@ def test_an_output_is_never_a_file_that_was_there_or_an_input(folder, page, tmp_
     cases += [((flag, tmp_path / "link.png", "--overwrite", *one), "also an input") for flag in ("--show", "--attend", "--explain")]
     cases += [(("--show", "s.png", "--attend", "./s.png", *one), "or another output"), (("--questions", asked, "--out", asked), "also an input"),
               (("--questions", asked, "--out", other), "cannot be resumed"), (("--questions", asked, "--out", page, "--overwrite"), "also an input"),
-              (("--questions", asked, "--out", folder / "config.json", "--overwrite"), "also an input"), (("--questions", asked, "--out", folder), "no regular file"),
+              (("--questions", asked, "--out", folder / "config.json", "--overwrite"), "also an input"), (("--questions", asked, "--out", tmp_path), "no regular file"),
               (("--evaluate", rows, "--predictions", other), "cannot be resumed"), (("--evaluate", rows, "--predictions", tmp_path / "p.json"), "cannot be resumed"),
               (("--evaluate", rows, "--predictions", rows, "--overwrite"), "also an input"), (("--evaluate", rows, "--predictions", page, "--overwrite"), "also an input")]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -40,7 +40,7 @@ class World:
     def change(self):
         """One change at random."""
         draw, name, other = self.draw, self.draw.choice(self.names), self.draw.choice(self.names)
-        kind = draw.choice(("model", "setting", "paint", "paint", "remove", "swap", "ask", "ask", "drop", "order", "question"))
+        kind = draw.choice(("model", "model", "setting", "setting", "paint", "paint", "remove", "swap", "ask", "ask", "drop", "order", "question"))
         if kind == "model":
             self.model = draw.choice("ab")
         elif kind == "setting":

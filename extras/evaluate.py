@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Example, Page, PageDataset, load_examples, page_blocks
 from extras.cli import SCORES
-from extras.formats import entries, images_of, locate
+from extras.formats import entries, images_of, locate, shown
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -150,8 +150,8 @@ def check_fingerprint(path, found, wanted):
     """Raise InputError if the answers of a file were made with other weights or settings than now."""
     changed = [part for part in found.split() if part not in wanted.split()]
     if found != wanted:
-        raise InputError(f"{path}: was begun with {' '.join(changed)}; repeat that, choose another file, or replace it "
-                         "with --overwrite")
+        raise InputError(f"{path}: was started with {' '.join(changed)}; repeat that, choose another file, or replace "
+                         "it with --overwrite")
 
 
 def page_keys(page, content):
@@ -159,8 +159,8 @@ def page_keys(page, content):
     images, keys, before = [content(image) for image in page.images], [], []
     for i, question in enumerate(page.questions):
         before = before if i in page.follows else []
-        all_of_it = [images, page.system, page.history, page.question_start, page.max_tiles, page.augment and page.name,
-                     before, question]
+        all_of_it = [images, page.system, page.history, page.question_start, page.instruction, page.max_tiles,
+                     page.augment and page.name, before, question]
         keys.append(None if None in images else hashlib.sha256(json.dumps(all_of_it).encode()).hexdigest()[:16])
         before = [*before, (question, page.answers[i])]
     return keys
@@ -192,7 +192,7 @@ def write_json(path, *values, indent=2):
         if path:
             write_text(path, "".join(json.dumps(value, indent=indent, ensure_ascii=False) + "\n" for value in values))
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); fix that, then try again") from error
 
 
 # ------------------------------------------------------------------------------------------------ --questions, --folder
@@ -208,11 +208,11 @@ def read_questions(path):
         try:
             images = images_of(entry)
             images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]
-            if not entry["question"].strip():
-                raise ValueError("the question is empty")
+            if not entry.get("question", "").strip():
+                raise ValueError(f'no "question" in {shown(entry)}; rows for training go to --evaluate')
             asked.append((clean(entry["question"]), images))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = entry if isinstance(entry, InputError) else f"{type(error).__name__}: {error}"
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = next((e for e in (entry, error) if isinstance(e, ValueError)), None) or shown(entry)
             raise InputError(f"{place}: not a question ({reason}); expected "
                              '{"question": "...", "images": ["..."]}') from error
     if not asked:
@@ -345,7 +345,8 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                    {"fingerprint": mark, "settings": settings, "answers": earlier | answers, **scores})
         return answers.keys()
 
-    examples = make_examples(model, unanswered(rows, earlier, lines, waiting),
+    blocks = page_blocks(rows, shuffle=False, answered=False, instruction=settings.get("instruction"))
+    examples = make_examples(model, unanswered(blocks, earlier, lines, waiting),
                              PageDataset(model, settings["max_tiles"], None, allow_private))
     with tqdm(unit=" questions", file=sys.stderr) as bar:
         for one in answer(model, examples, batch, **generation):
@@ -362,12 +363,12 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     return lines, table
 
 
-def unanswered(rows, earlier, lines, waiting):
-    """Yield the pages with questions that have no answer yet, to be answered as a whole.
+def unanswered(blocks, earlier, lines, waiting):
+    """Yield those pages of `blocks` with questions that have no answer yet, to be answered as a whole.
 
     Every question becomes a dict in `lines`, and those of the yielded pages also in `waiting`.
     """
-    for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
+    for page in itertools.chain.from_iterable(blocks):
         of_page = [{"questionId": page.ids[i], "answer": earlier.get(key), "expected": page.accepted[i],
                     "types": page.types[i], "key": key, "error": None}
                    for i, key in enumerate(page_keys(page, content_of))]

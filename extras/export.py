@@ -8,6 +8,7 @@ Sources of the layouts: the published folder; transformers' models/internvl; PEF
 import json
 import math
 import os
+import re
 import shutil
 from operator import attrgetter
 from pathlib import Path
@@ -21,12 +22,14 @@ from safetensors import SafetensorError
 from extras.outputs import new_folder
 from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
-from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, write_tensors, write_text
+from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, TINY, WEIGHTS, write_tensors, write_text
+from model.config import Config
 from model.names import split
 from model.tokenizer import TOKENIZER_FILES, special_id
 
 CARD_FILE = "README.md"
-LAYOUT, CHAT_TEMPLATE = (Path(__file__).with_name(name) for name in ("transformers_layout.json", "chat_template.jinja"))
+LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
+    "transformers_layout.json", "chat_template.jinja", "model_card.md"))
 CARD = (                                # settings in a model card
     "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
@@ -47,13 +50,16 @@ def export(source, folder, layout, repository=None, allow_changed=False):
         try:
             if layout == "peft":
                 save_adapter(run, trained, folder, allow_changed)
+            elif layout == "official":
+                InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed).save_pretrained(folder)
+                add_chat_template(folder)
             else:
-                model = InternVL.from_pretrained(source, "cpu", "float32", allow_changed=allow_changed)
-                model.save_pretrained(folder) if layout == "official" else save_transformers(model, folder)
-            write_card(run, folder, layout, checkpoint.step_of(trained.name) if trained else math.inf)
+                save_transformers(InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed), folder)
+            last_step = trained and checkpoint.step_of(trained.name) or math.inf
+            write_card(run, folder, layout, last_step, repository or "FOLDER")
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder}: the model cannot be written there ({error})") from error
-    print(f"wrote {folder}")
+    print(f"wrote {folder}" + "; LoRA adapters are merged: do not lay them over it again" * merges(run, layout))
     if repository:
         try:
             HfApi().create_repo(repository, exist_ok=True)
@@ -61,6 +67,12 @@ def export(source, folder, layout, repository=None, allow_changed=False):
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise InputError(f"{repository}: cannot be uploaded ({error}); log in with 'hf auth login', "
                              f"or upload {folder} yourself") from error
+
+
+def merges(run, layout):
+    """Whether an export merges adapters: those of a run, or a PEFT folder's."""
+    trained = checkpoint.read_settings(run)["train"].split(",") if (run / SETTINGS).exists() else ()
+    return layout != "peft" and ("lora" in trained or (run / lora.ADAPTER_CONFIG).exists())
 
 
 def save_adapter(run, path, folder, allow_changed):
@@ -71,7 +83,7 @@ def save_adapter(run, path, folder, allow_changed):
     """
     settings = checkpoint.read_settings(run)
     if path is None:
-        raise InputError(f"{run}: a run without a checkpoint yet")
+        raise InputError(f"{run}: this run has no checkpoint yet")
     if not allow_changed:
         checkpoint.resolve(path)                # compares the base model, on which the adapter is to be laid
     trained, _, _, scale = checkpoint.read_checkpoint(path)
@@ -79,22 +91,32 @@ def save_adapter(run, path, folder, allow_changed):
     whole = [name for name in trained if ".lora_" not in name]
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
-        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
-                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
-                         "write it with --format official")
-    config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": ranks[0], "bias": "none",
+        raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
+                         f"this run has --train {settings['train']}: use --format official or transformers")
+    base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "bias": "none",
               "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     tensors = {lora.PREFIX + name: tensor for name, tensor in trained.items()}
     write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
+def chat_template():
+    """The Jinja template that writes the prompts of prompt.py."""
+    return Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(vars(prompt))
+
+
+def add_chat_template(folder):
+    """Put the chat template into a folder's tokenizer_config.json; InternVL2-1B was published with that of Qwen2."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template()}
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
 def save_transformers(model, folder):
     """Write a folder that transformers' InternVLForConditionalGeneration opens; adapters are merged."""
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.copy_files(model, folder, TOKENIZER_FILES)
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
@@ -125,14 +147,13 @@ def transformers_files(model):
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)
     files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
-    template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
-    return files | {"chat_template.jinja": template.substitute(vars(prompt))}
+    return files | {"chat_template.jinja": chat_template()}
 
 
 # ----------------------------------------------------------------------------------------------------------- model card
 
-def write_card(run, folder, layout, last_step):
-    """Write README.md: base model, data, settings, scores up to a step, and curve of a run."""
+def write_card(run, folder, layout, last_step, name):
+    """Write README.md: base model, data, settings, scores up to a step, curve, and how to open it under `name`."""
     if not (run / SETTINGS).exists():                           # a model folder, whose training is unknown
         return
     settings, lines = checkpoint.read_settings(run), read_lines(run / METRICS)
@@ -151,6 +172,21 @@ def write_card(run, folder, layout, last_step):
                    for line in (measured[0], measured[-1]))]
         shutil.copyfile(run / "curve.png", folder / "curve.png")
         card += ["\n![training and validation loss](curve.png)"]
+    card += ["", how_to_open(folder, layout, name, settings["model"], merges(run, layout))]
     library = {"transformers": "transformers", "native": "transformers", "peft": "peft"}.get(layout)
     data = ModelCardData(base_model=settings["model"], pipeline_tag="image-text-to-text", library_name=library)
     write_text(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(card) + "\n")
+
+
+def how_to_open(folder, layout, name, base, merged):
+    """The part of a model card that says how an exported folder, called `name`, is opened in its target."""
+    parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)(?=<!-- |\Z)", HOW_TO_OPEN.read_text(encoding="utf-8"), re.DOTALL))
+    values = {"ask": parts["ask"], "folder": name, "base": "model/tiny" if base == "tiny" else base}
+    part = "transformers" if layout == "native" else layout
+    if layout == "official":
+        config = Config.read(folder / CONFIG)
+        values |= vars(config) | vars(config.vision)
+    elif layout == "peft":
+        layers = json.loads((folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8"))["target_modules"]
+        part = "peft" if all(layer.endswith("_proj") for layer in layers) else "peft_official"
+    return Template(parts[part] + parts["merged"] * merged).substitute(values)

@@ -1,4 +1,4 @@
-"""Does it fit? The memory of a training step, estimated before the first one.
+"""The memory of a training step, estimated before the first one.
 
     weights  +  gradients and AdamW's two moments of the trainable parts  +  activations kept for the backward pass
 
@@ -64,5 +64,5 @@ def step_gb(model, max_tiles, batch_pages):
     held = held_gb(str(model.device))
     one, two = saved_gb(model, 1), saved_gb(model, 2)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"held": held, "gradients and optimizer": 12 * trained / 1e9,        # float32: one gradient, two moments
+    return {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,      # float32: one gradient, two moments
             "activations": batch_pages * (one + (tiles - 1) * (two - one))}

@@ -107,7 +107,8 @@ def lock(path):
         file.write(f"process {os.getpid()}\n".encode())
         file.flush()
     except BlockingIOError as error:
-        raise InputError(f"{path}: {holder(beside)} is writing there; wait until it has ended") from error
+        process = holder(beside) or "another process"
+        raise InputError(f"{path}: {process} is writing there; wait until it has ended") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:

@@ -51,7 +51,7 @@ def resolve(name, seed=None, allow_changed=False):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
-            raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+            raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         seed = settings["seed"] if settings["from_scratch"] else None
@@ -86,23 +86,25 @@ def read_settings(run):
             raise ValueError("expected plain values")
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
-
-
-def checkpoint_name(step):
-    return f"step-{step:07d}.safetensors"
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
 
 
 def step_of(name):
-    """The step in the name of a checkpoint file; None if it is not exactly such a name."""
-    number = re.match("step-([0-9]{7,18})", name)
-    return int(number[1]) if number and name == checkpoint_name(int(number[1])) else None
+    """The step in the name of a checkpoint file; None if it is none: step-0000001.safetensors, exactly."""
+    found = re.fullmatch(r"step-([0-9]{7}|[1-9][0-9]{7,18})\.safetensors", name)
+    return found and int(found[1])
 
 
 def checkpoints(run):
     """{step: file} of a run's checkpoints, the newest last."""
     paths = [path for path in Path(run, CHECKPOINTS).glob("step-*") if step_of(path.name) is not None]
     return {step_of(path.name): path for path in sorted(paths, key=lambda path: step_of(path.name))}
+
+
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
 
 
 def latest_checkpoint(run):
@@ -188,7 +190,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
-                         f"{model.config.language.vocabulary}; they are not of the same model")
+                         f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     for path in overlays:
         load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
@@ -256,16 +258,19 @@ def read_checkpoint(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata(), file.keys()
-            state, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            text, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            state = json.loads(text)
             if (run / SETTINGS).is_file() and metadata.get("run_id") != read_settings(run).get("run_id"):
                 raise InputError(f"{path}: a checkpoint of another run; move it away")
-            if checksum(names, file.get_tensor, state) != metadata["sha256"]:
+            if step_of(path.name) not in (None, state["step"]):
+                raise InputError(f"{path}: holds step {state['step']}; move it away, or name it after that")
+            if checksum(names, file.get_tensor, text) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
                 tensors[kind][name] = finite(file.get_tensor(f"{kind}.{name}"), f"{kind}.{name}", path)
-            return tensors["model"], tensors["optimizer"], json.loads(state), scale
+            return tensors["model"], tensors["optimizer"], state, scale
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -61,7 +61,7 @@ class Config:
         if (vision.width % vision.heads or language.width % language.heads or language.heads % language.kv_heads
                 or vision.tile_pixels % vision.patch_pixels or self.shuffle < 1 or vision.grid % self.shuffle
                 or language.head_width % 2):
-            raise ValueError("widths, heads and tile do not divide as they must")
+            raise ValueError("widths, heads and tile size do not divide evenly")
 
     @classmethod
     def read(cls, path):

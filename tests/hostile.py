@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import embedded  # noqa: E402, F401
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -227,7 +228,7 @@ def main():
                 show(content, folder) if source in (configs, weights, tokenizers) else show(content)
             except InputError:
                 told["refused"] += 1
-            except BaseException as error:                          # whatever it is, it is told
+            except BaseException as error:                          # whatever it is, it is reported
                 told["escaped"].append(f"{source.__name__}, {name}: {type(error).__name__}: {error}"[:300])
             seconds = time.perf_counter() - started
             told["count"] += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402, F401
+import embedded  # noqa: E402, F401
 import fsspec  # noqa: E402, F401
 import torch  # noqa: E402
 from pyarrow import parquet  # noqa: E402, F401

@@ -20,6 +20,7 @@ from data import Page, PageDataset, group_rows_into_pages
 from extras import evaluate
 from extras.evaluate import answer, answer_batch, answer_questions, evaluate_rows, question_pages
 from model import InputError, InternVL
+from model.checkpoint import TINY
 
 
 def examples_of(model, rows, **more):
@@ -100,7 +101,7 @@ def test_a_validation_answers_as_long_as_the_longest_right_answer_and_counts_wha
     train.evaluate(tiny, examples)
     longest = len(tiny.tokenizer("word " * 100).input_ids) + 1
     assert asked == [train.LONGEST_ANSWER, longest] and longest > train.LONGEST_ANSWER
-    assert "validation: skipped: 0 pages, 1 questions too long, 0 without an answer; 0 questions not answered" in capsys.readouterr().err
+    assert "validation: skipped: 0 pages, 1 question too long, 0 without an answer; 0 questions not answered" in capsys.readouterr().err
 
 
 def test_questions_about_the_same_images_share_a_page_of_bounded_size():
@@ -158,10 +159,10 @@ def test_answers_of_other_weights_or_settings_are_refused_and_stay(tiny, tmp_pat
     answer_questions(tiny, asked, path, max_new_tokens=2, temperature=0.5)
     before = path.read_bytes()
     for more in ({"max_new_tokens": 3}, {"temperature": 0.6}, {"max_tiles": 3}):
-        with pytest.raises(InputError, match=f"was begun with {'max_tiles=12' if 'max_tiles' in more else list(more)[0]}.*repeat that"):
+        with pytest.raises(InputError, match=f"was started with {'max_tiles=12' if 'max_tiles' in more else list(more)[0]}.*repeat that"):
             answer_questions(tiny, asked, path, **{"max_new_tokens": 2, "temperature": 0.5} | more)
     tiny.vision.blocks[1].mlp_down.weight.data[-1, -1] += 1e-3                # one weight of all
-    with pytest.raises(InputError, match="was begun with model=[0-9a-f]{16}; repeat that"):
+    with pytest.raises(InputError, match="was started with model=[0-9a-f]{16}; repeat that"):
         answer_questions(tiny, asked, path, max_new_tokens=2, temperature=0.5)
     assert path.read_bytes() == before
 
@@ -188,10 +189,10 @@ def test_predictions_that_cannot_be_resumed_are_one_error_and_stay(tiny, tmp_pat
     whole, scores = path.read_bytes(), (tmp_path / "p.json.scores.json").read_bytes()
     evaluate_rows(tiny, rows, settings, path)
     assert (path.read_bytes(), (tmp_path / "p.json.scores.json").read_bytes()) == (whole, scores)
-    with pytest.raises(InputError, match="was begun with max_tiles=4; repeat that"):
+    with pytest.raises(InputError, match="was started with max_tiles=4; repeat that"):
         evaluate_rows(tiny, rows, settings | {"max_tiles": 5}, path)
     tiny.language.embedding.weight.data[-1, -1] += 1e-3
-    with pytest.raises(InputError, match="was begun with model="):
+    with pytest.raises(InputError, match="was started with model="):
         evaluate_rows(tiny, rows, settings, path)
     tiny.language.embedding.weight.data[-1, -1] -= 1e-3
     assert path.read_bytes() == whole
@@ -203,7 +204,7 @@ def test_predictions_that_cannot_be_resumed_are_one_error_and_stay(tiny, tmp_pat
     path.write_bytes(whole)
     for stranger in (b"5", b"[5]", b"{}", b"text", b"\xff", b'{"fingerprint": "x"}'):
         (tmp_path / "p.json.scores.json").write_bytes(stranger)
-        with pytest.raises(InputError, match="cannot be resumed|was begun with x"):
+        with pytest.raises(InputError, match="cannot be resumed|was started with x"):
             evaluate_rows(tiny, rows, settings, path)
     (tmp_path / "p.json.scores.json").unlink()
     with pytest.raises(InputError, match="cannot be resumed"):
@@ -252,7 +253,7 @@ def test_ctrl_c_leaves_whole_lines_and_the_command_repeated_completes_them(tmp_p
     threading.Thread(target=server.serve_forever, daemon=True).start()
     images, out = [f"http://127.0.0.1:{server.server_port}/{i}.png" for i in range(6)], tmp_path / "answers.jsonl"
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": "What?", "images": [image]}) for image in images))
-    command = [sys.executable, ROOT / "infer.py", "--tiny", "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
+    command = [sys.executable, ROOT / "infer.py", "--tiny", "--model", TINY, "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while "/3.png" not in requests:
         assert process.poll() is None and not time.sleep(0.02)

@@ -19,7 +19,7 @@ from extras import outputs, plots, run_folder
 from extras.export import export
 from extras.outputs import lock, new_file, new_folder
 from model import InputError, InternVL, images
-from model.checkpoint import TINY, checkpoint_name, checkpoints, fingerprint, latest_checkpoint
+from model.checkpoint import TINY, checkpoints, fingerprint, latest_checkpoint
 from model.tiny.pages import draw_page
 
 NEW = "--tiny", "--data", "synthetic:1", "--accumulate", 1, "--steps", 2, "--eval-every", 0, "--save-every", 1
@@ -236,7 +236,7 @@ def test_what_a_run_killed_before_its_settings_leaves_behind_counts_as_empty(fit
     os.waitpid(child, 0)
     (tmp_path / "run" / "settings.json.part").mkdir()
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_file()] == [".lock"]
-    assert latest_checkpoint(fit("run")).name == checkpoint_name(2)
+    assert list(checkpoints(fit("run"))) == [1, 2]
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
@@ -340,6 +340,8 @@ def test_a_checkpoint_of_another_run_is_refused(fit, refused):
     assert "step-0000003.safetensors: a checkpoint of another run" in refused(train, "--resume", run, "--steps", 5)
     with pytest.raises(InputError, match="a checkpoint of another run"):
         InternVL.from_pretrained(run / "checkpoints" / "step-0000003.safetensors", "cpu")
+    shutil.copy(run / "checkpoints" / "step-0000001.safetensors", run / "checkpoints" / "step-0000003.safetensors")
+    assert "step-0000003.safetensors: holds step 1" in refused(train, "--resume", run, "--steps", 5)
 
 
 def test_a_checkpoint_is_known_by_its_exact_name(fit, tmp_path, capsys, monkeypatch):
@@ -350,13 +352,13 @@ def test_a_checkpoint_is_known_by_its_exact_name(fit, tmp_path, capsys, monkeypa
     assert call(train, capsys, monkeypatch, "--resume", run, "--steps", 4, "--keep", 1)[0] == 0
     assert {path.stem for path in (run / "checkpoints").iterdir()} == {*copies, "step-0000004"}
     for step in (9_999_999, 10_000_000):
-        (run / "checkpoints" / checkpoint_name(step)).touch()
+        (run / "checkpoints" / f"step-{step}.safetensors").touch()
     assert list(checkpoints(run)) == [4, 9_999_999, 10_000_000] and latest_checkpoint(run).name == "step-10000000.safetensors"
 
 
 def test_only_checkpoints_of_the_run_are_removed(fit, capsys, monkeypatch):
     run, other = fit("run", "--keep", 1), fit("other", "--seed", 1)
-    shutil.copy(other / "checkpoints" / checkpoint_name(1), run / "checkpoints")
+    shutil.copy(other / "checkpoints" / "step-0000001.safetensors", run / "checkpoints")
     assert call(train, capsys, monkeypatch, "--resume", run, "--steps", 4)[0] == 0
     assert list(checkpoints(run)) == [1, 4]
 

@@ -117,7 +117,7 @@ def test_a_repeated_command_ends_like_a_fresh_one_or_is_refused(tmp_path, capsys
             ends.append(status)
             assert status in (0, 2, 130), err
             if status == 2:
-                assert "was begun with" in err and begun != world.common and [path.read_bytes() for path in files] == before
+                assert "was started with" in err and begun != world.common and [path.read_bytes() for path in files] == before
             elif status == 0:
                 assert begun in (None, world.common)
             if mode != "evaluate" and status == 130 and out.exists() and draw.random() < 0.5:       # the power fails: half a line

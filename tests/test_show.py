@@ -1,11 +1,13 @@
 """The tiles drawn are the tiles read; the weights of attention are those that the model uses."""
 import random
 
+import pytest
 import torch
 from PIL import Image, ImageChops
 from reference import page_prompt, reference_model, reference_pixels
 
-from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens
+from data import Page, PageDataset
+from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens, show_example
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
 
@@ -32,13 +34,20 @@ def test_several_images_are_drawn_below_each_other(tiny):
 
 
 def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, monkeypatch):
-    prompt, _ = page_prompt(tiny.tokenizer, 64, [1], ["What?\x1b[2J"], ["你\u202e!"])
+    prompt, _ = page_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [1], ["What?\x1b[2J"], ["你\u202e!"])
     at = range(len(prompt.ids))
     text = "|".join(runs_of_tokens(prompt, at, tiny.tokenizer))
-    assert "<IMG_CONTEXT> x 64" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
+    assert f"<IMG_CONTEXT> x {tiny.config.tokens_per_tile}" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
     assert "\x1b" not in text and "?|\N{REPLACEMENT CHARACTER}|[|2|J" in text
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "|".join(runs_of_tokens(prompt, at, tiny.tokenizer)) == text.replace("[你", "\033[1;32m[你").replace("|>]", "|>]\033[0m")
+
+
+def test_turns_that_follow_each_other_are_shown_as_one_conversation(tiny, tmp_path, capsys):
+    dataset = PageDataset(tiny)
+    show_example(dataset[Page("p", [], ["A?", "B?"], ["a", "b"], follows={1})], dataset, tmp_path / "none.png")
+    out = capsys.readouterr().out
+    assert "\nconversation 1 of 1: " in out and "[a|<|im_end|>]" in out and "[b|<|im_end|>]" in out
 
 
 def test_attention_is_what_the_reference_tells(tiny):
@@ -65,6 +74,7 @@ def row_of(page, text):
     return next(row for row in range(8) if page.crop((0, row * CELL, drawn.width, (row + 1) * CELL)).tobytes() == drawn.tobytes())
 
 
+@pytest.mark.official
 def test_the_embedded_model_looks_where_the_answer_stands():
     """Over pages of one tile whose question it answers, the value's row is looked at more than the mean row."""
     chat, more = InternVL.from_pretrained("tiny", "cpu").chat(), []

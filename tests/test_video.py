@@ -66,7 +66,7 @@ def test_a_video_is_a_file_on_this_machine(tmp_path):
             read_video(path)
 
 
-def test_a_film_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+def test_a_video_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(InputError, match="pip install av"):
         read_video(tmp_path / "clip.mp4")
@@ -79,7 +79,7 @@ def test_8_frames_are_answered_as_by_the_reference(tiny, tmp_path):
     chat.ask("What happens?")
     tiles = torch.cat([torch.from_numpy(tile_page(frame, 1, 128)) for frame in frames])
     lines = "".join(f"Frame{i}: <image>\n" for i in range(1, 9))
-    prompt = conversation_prompt(tiny.tokenizer, 64, [1] * 8, [(lines + "What happens?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [1] * 8, [(lines + "What happens?", None)])
     assert chat.report["tiles"] == [1] * 8 and chat.report["prompt_tokens"] == len(prompt.ids)
     assert chat.report["tokens"] == reference_answer(reference_model(tiny), tiny, tiles, prompt, 12)
 
@@ -88,7 +88,7 @@ def test_the_red_panda_is_sampled_as_officially():
     av = pytest.importorskip("av", reason="needs the package av")
     path = SHARED / "examples" / "red-panda.mp4"
     if not path.exists():
-        pytest.skip("needs the film red-panda.mp4, which is not part of this repository")
+        pytest.skip("needs the video red-panda.mp4, which is not part of this repository")
     with av.open(str(path)) as container:
         every = [frame.to_image().resize((32, 32)).tobytes() for frame in container.decode(video=0)]
     seen = [frame.resize((32, 32)).tobytes() for frame in read_video(path)]

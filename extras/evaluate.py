@@ -131,7 +131,7 @@ def made_with(model, **settings):
     rest = repr(model.config).encode() + b"".join(file.read_bytes() for file in files if file.is_file())
     content = checksum(tensors, lambda name: tensors[name].cpu(), hashlib.sha256(rest).hexdigest())[:16]
     settings |= {"dtype": str(model.dtype).split(".")[-1], "device": model.device.type}
-    return " ".join([f"model={content}", *(f"{name}={value}" for name, value in settings.items())])
+    return " ".join([f"model={content}", *(f"{name}={value!r}" for name, value in settings.items())])
 
 
 def read_earlier(path, read, mark):
@@ -335,7 +335,8 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     Raises InputError for predictions of other weights or settings, and where there are no rows.
     """
     generation, lines, waiting = {name: settings[name] for name in GENERATION}, [], deque()
-    mark = path and made_with(model, max_tiles=settings["max_tiles"], **generation)
+    instruction = settings.get("instruction")
+    mark = path and made_with(model, max_tiles=settings["max_tiles"], instruction=instruction, **generation)
     earlier = read_earlier(path, read_predictions, mark)
 
     def write(earlier, **scores):
@@ -345,7 +346,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                    {"fingerprint": mark, "settings": settings, "answers": earlier | answers, **scores})
         return answers.keys()
 
-    blocks = page_blocks(rows, shuffle=False, answered=False, instruction=settings.get("instruction"))
+    blocks = page_blocks(rows, shuffle=False, answered=False, instruction=instruction)
     examples = make_examples(model, unanswered(blocks, earlier, lines, waiting),
                              PageDataset(model, settings["max_tiles"], None, allow_private))
     with tqdm(unit=" questions", file=sys.stderr) as bar:
@@ -387,7 +388,7 @@ def read_predictions(path, mark):
     if not path.exists() and not scores_file(path).exists():
         return {}
     record = json.loads(scores_file(path).read_text(encoding="utf-8"))
-    check_fingerprint(path, record["fingerprint"], mark)
+    check_fingerprint(scores_file(path), record["fingerprint"], mark)
     predictions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     if not {line["answer"] for line in predictions} <= {"", *record["answers"].values()}:
         raise ValueError(f"{scores_file(path).name} does not know all of its answers")

@@ -15,7 +15,7 @@ from PIL import Image
 from reference import randomise
 
 from extras import evaluate, outputs
-from model import InternVL, checkpoint
+from model import InputError, InternVL, checkpoint
 
 WATCHED = {module.__file__ for module in (infer, evaluate, outputs, checkpoint)}
 LINES = 700                                             # of our code that a command runs, about
@@ -99,6 +99,18 @@ def content(out):
     return [{key: value for key, value in json.loads(line).items() if "second" not in key} for line in out.read_text().splitlines()]
 
 
+def test_a_process_that_was_killed_before_it_wrote_into_its_lock_holds_none(tmp_path):
+    (tmp_path / "a.jsonl.lock").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    with outputs.lock(tmp_path / "a.jsonl"), outputs.new_folder(tmp_path / "run"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
+    (tmp_path / "a.jsonl.lock").write_text("mine")
+    with pytest.raises(InputError, match="no lock of this program"), outputs.lock(tmp_path / "a.jsonl"):
+        pass
+
+
 @pytest.mark.parametrize("mode", ["questions", "folder", "evaluate"])
 def test_a_repeated_command_ends_like_a_fresh_one_or_is_refused(tmp_path, capsys, monkeypatch, mode):
     models = {name: randomise(InternVL.from_scratch("tiny", seed=i, device="cpu")) for i, name in enumerate("ab")}
@@ -128,7 +140,8 @@ def test_a_repeated_command_ends_like_a_fresh_one_or_is_refused(tmp_path, capsys
         if begun not in (None, world.common):
             flags.append("--overwrite")
         for path, last in ((out, flags), (fresh, world.flags(mode, fresh))):
-            assert call(infer, capsys, monkeypatch, *last)[0] == 0
+            status, _, err = call(infer, capsys, monkeypatch, *last)
+            assert status == 0, (number, err)
         assert content(out) == content(fresh), number
         assert sorted(path.name for path in world.folder.iterdir() if path.suffix in (".lock", ".part")) == []
     assert {0, 2, 130} <= set(ends) or number < 6

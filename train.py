@@ -10,6 +10,7 @@ is the mean of -log(probability) over all answer tokens of these pages.
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from datetime import datetime
@@ -27,15 +28,17 @@ from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import WEIGHTS, read_settings
+from model.checkpoint import WEIGHTS, latest_checkpoint, read_settings
 from model.errors import warn
 from model.lora import TARGETS, add_adapters
+from model.names import official_name, part_of
 
 PARTS = ("projector", "lora", "llm", "vision")
+WHOLE = tuple(part for part in PARTS if part != "lora")                # the model without adapters
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)                                    # what --tiny sets
 # settings that a resumed run cannot change: what is trainable, and which page comes next
-FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead",
+FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "init", "seed", "shuffle", "look_ahead",
          "group_by_length", "columns")
 LONGEST_ANSWER = 64                     # tokens of an answer in a validation, or more if the right one is longer
 PROGRESS = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -50,7 +53,9 @@ def add_data_flags(parser):
     flag("--tiny", action="store_true", help="small model, drawn pages, CPU, larger learning rates; sets "
          + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items()))
     flag("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
-    add_switch(group, "--from-scratch", "random weights in the shape that --model describes")
+    flag("--init", type=names_in(WHOLE, "part that can be drawn"), metavar="PART[,PART]",
+         help="load all other parts, draw these from --seed: " + ", ".join(WHOLE))
+    add_switch(group, "--from-scratch", "draw all parts, in the shape that --model describes")
     flag("--data", default="zhangfaen/DocumentVQA", help="Hub id, folder in Hub layout, file (.json, .jsonl), or "
          "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
@@ -148,6 +153,7 @@ def parse_args():
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
         refuse_another_run(parser, args, kept)
+    args.init = part_names("all") if args.from_scratch else args.init
     args.lr = choose_rates(parser, args, rates_of(kept["lr"]) if args.resume and "lr" in kept else None)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -160,7 +166,7 @@ def parse_args():
 
 def part_names(text):
     """'all' -> 'projector,llm,vision'."""
-    return names_in(PARTS, "part of the model", "or all")("projector,llm,vision" if text == "all" else text)
+    return names_in(PARTS, "part of the model", "or all")(",".join(WHOLE) if text == "all" else text)
 
 
 def learning_rates(text):
@@ -206,8 +212,9 @@ def holds_out(settings):
 
 def load_model(args):
     """The model with its parts frozen or trainable."""
-    model = (InternVL.from_scratch(args.model, args.seed, args.device, args.dtype) if args.from_scratch
-             else InternVL.from_pretrained(args.model, args.device, args.dtype, allow_changed=args.allow_changed))
+    seed = None if latest_checkpoint(args.out) else args.seed               # a checkpoint holds what was drawn
+    parts = args.init.split(",") if args.init else ()
+    model = InternVL.from_pretrained(args.model, args.device, args.dtype, parts, seed, args.allow_changed)
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -220,9 +227,9 @@ def load_model(args):
 
 def part_parameters(model):
     """{part: its parameters}; adapters are the part lora, whatever layer they belong to."""
-    parts, part_of = {part: [] for part in PARTS}, {"projector": "projector", "language": "llm", "vision": "vision"}
+    parts = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        parts["lora" if ".adapter." in name else part_of[name.split(".")[0]]].append(parameter)
+        parts["lora" if ".adapter." in name else part_of(name)].append(parameter)
     return parts
 
 
@@ -272,6 +279,10 @@ def print_run(args, model):
         if parameters:
             print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'trainable' if trainable else 'frozen':<9} "
                   f"{'/'.join(dtypes):<9} {rates_of(args.lr)[part] if trainable else '-'}")
+    if model.drawn and not latest_checkpoint(args.out):
+        drawn = [official_name(name) for name in model.state_dict() if part_of(name) in model.drawn]
+        drawn = dict.fromkeys(re.sub(r"(layers)\.\d+", r"\1.#", name) for name in drawn)       # #: of every block
+        print(f"drawn from --seed {args.seed}: {', '.join(drawn)}")
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")

@@ -14,6 +14,7 @@ from extras.sources import named_parts, open_rows
 from model.checkpoint import CONFIG, resolve
 from model.config import Config
 from model.errors import InputError
+from model.names import PARTS
 from model.tokenizer import load_tokenizer
 
 
@@ -39,7 +40,7 @@ def parse_arguments():
 
 def make_dataset(arguments):
     """The PageDataset for --model: only its configuration and its tokenizer are needed."""
-    folder, _, _ = resolve(arguments.model or "tiny", 0, True)             # a seed: the weights are not fetched
+    folder, _, _ = resolve(arguments.model or "tiny", PARTS, True)         # no part: the weights are not fetched
     model = SimpleNamespace(config=Config.read(folder / CONFIG), tokenizer=load_tokenizer(folder))
     judged = arguments.model or arguments.command == "show"             # by their length
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
@@ -24,14 +25,14 @@ from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, TINY, WEIGHTS, write_tensors, write_text
 from model.config import Config
-from model.names import split
-from model.tokenizer import TOKENIZER_FILES, special_id
+from model.names import PARTS, official_name, part_of, split
+from model.tokenizer import TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
     "transformers_layout.json", "chat_template.jinja", "model_card.md"))
 CARD = (                                # settings in a model card
-    "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+    "data", "domain", "eval_data", "init", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
@@ -40,21 +41,24 @@ def export(source, folder, layout, repository=None, allow_changed=False):
 
     `layout`: "official", "transformers" (or "native", its older name) or "peft". `allow_changed`: as of
     `InternVL.from_pretrained`. Raises InputError for a folder that is not empty, for a run whose base model changed,
-    and for one that the layout cannot hold.
+    and for a model that the layout cannot hold.
     """
     path = Path(source)
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
+    if layout != "peft":
+        check_layout(source, allow_changed)
     trained = path if is_checkpoint else checkpoint.latest_checkpoint(run)
     with new_folder(folder) as folder:
         try:
+            model = layout != "peft" and InternVL.from_pretrained(source, "cpu", "float32", allow_changed=allow_changed)
             if layout == "peft":
                 save_adapter(run, trained, folder, allow_changed)
             elif layout == "official":
-                InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed).save_pretrained(folder)
+                model.save_pretrained(folder)
                 add_chat_template(folder)
             else:
-                save_transformers(InternVL.from_pretrained(source, "cpu", "float32", None, allow_changed), folder)
+                save_transformers(model, folder)
             last_step = trained and checkpoint.step_of(trained.name) or math.inf
             write_card(run, folder, layout, last_step, repository or "FOLDER")
         except (OSError, SafetensorError) as error:
@@ -75,6 +79,23 @@ def merges(run, layout):
     return layout != "peft" and ("lora" in trained or (run / lora.ADAPTER_CONFIG).exists())
 
 
+def check_layout(source, allow_changed, concerned=lambda name: True):
+    """Raise InputError, with names, if transformers' class for the same config.json has other `concerned` tensors."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    folder, _, _ = checkpoint.resolve(source, PARTS, allow_changed)
+    with torch.device("meta"):
+        model = InternVL(Config.read(folder / CONFIG))
+        model.tokenizer, model.folder = load_tokenizer(folder), folder
+        theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
+    expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
+        "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
+    wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
+             for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
+    if wrong := list(dict.fromkeys(filter(concerned, wrong))):
+        raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
+                         f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
+
+
 def save_adapter(run, path, folder, allow_changed):
     """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged.
 
@@ -84,8 +105,6 @@ def save_adapter(run, path, folder, allow_changed):
     settings = checkpoint.read_settings(run)
     if path is None:
         raise InputError(f"{run}: this run has no checkpoint yet")
-    if not allow_changed:
-        checkpoint.resolve(path)                # compares the base model, on which the adapter is to be laid
     trained, _, _, scale = checkpoint.read_checkpoint(path)
     ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
     whole = [name for name in trained if ".lora_" not in name]
@@ -93,6 +112,8 @@ def save_adapter(run, path, folder, allow_changed):
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
         raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
                          f"this run has --train {settings['train']}: use --format official or transformers")
+    check_layout(path, allow_changed,
+                 lambda name: name.removesuffix(".weight") in layers or whole and part_of(name) == "projector")
     base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "bias": "none",
               "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),

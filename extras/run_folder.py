@@ -24,7 +24,7 @@ from model import checkpoint, lora
 from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, is_left_behind, latest_checkpoint, step_of, write_text
 from model.errors import InputError, warn
 from model.images import fetch
-from model.names import official_name
+from model.names import official_name, part_of
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed")       # no settings of a run
@@ -359,14 +359,14 @@ def keep_images(page, allow_private):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, model, optimizer, state, run_id=""):
-    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
+    """Write the trained and drawn tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    trained = trained_parameters(model)
-    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
-    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in trained.items()
-                for kind, value in optimizer.state[parameter].items()}
+    parameters = stored_parameters(model)
+    tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in parameters.items()
+                for kind, value in optimizer.state.get(parameter, {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(state)
     metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state), "run_id": run_id}
@@ -384,11 +384,9 @@ def restore_checkpoint(path, model, optimizer):
 
     Raises InputError for a file that is damaged or not of this model with these trained parts.
     """
-    parameters = trained_parameters(model)
-    trained, saved, state, scale = checkpoint.read_checkpoint(path)
-    if missing := sorted(parameters.keys() - trained.keys()):
-        raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which this run trains")
-    lora.lay_over(model, trained, scale, path)
+    parameters = stored_parameters(model)
+    held, saved, state, scale = checkpoint.read_checkpoint(path, parameters)
+    lora.lay_over(model, held, scale, path)
     for key, tensor in saved.items():
         kind, _, name = key.partition(".")
         if name not in parameters or tensor.shape != (() if kind == "step" else parameters[name].shape):
@@ -398,9 +396,10 @@ def restore_checkpoint(path, model, optimizer):
     return state
 
 
-def trained_parameters(model):
-    """{official name: parameter} of the trainable parameters."""
-    return {official_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def stored_parameters(model):
+    """{official name: parameter} of what the base model does not hold: trainable, or of a part that was drawn."""
+    return {official_name(name): parameter for name, parameter in model.named_parameters()
+            if parameter.requires_grad or part_of(name) in model.drawn}
 
 
 def keep_newest(run, count, losses, run_id):

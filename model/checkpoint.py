@@ -3,7 +3,7 @@
     model folder      config.json, the tokenizer's files and one model.safetensors, as published
     adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
-    checkpoint        of a run: its trained tensors in float32 and the optimizer's state; the rest is the base model's
+    checkpoint        of a run: what it trains or drew, and the optimizer's state; the rest is the base model's
 
 Only safetensors and JSON are read or written.
 """
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.errors import InputError, finite, warn
-from model.names import official_name, our_name
+from model.names import PARTS, official_name, our_name, part_of
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
@@ -35,18 +35,20 @@ TINY = Path(__file__).parent / "tiny"
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, seed=None, allow_changed=False):
-    """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
+def resolve(name, skip=(), allow_changed=False):
+    """Find a model -> (model folder, what to lay over it, parts that are not read from its weights).
 
-    `name`, `allow_changed`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
+    `name`, `allow_changed`: see `InternVL.from_pretrained`; files of a Hub id are downloaded. `skip`: parts that the
+    caller draws.
+    To lay over: (checkpoint or adapter folder, parts that its run drew, parts to skip in it). Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
-        return TINY, [], seed
+        return TINY, [], skip
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, seed, allow_changed)
+        return resolve(path.parent, skip, allow_changed)
     if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
@@ -54,25 +56,22 @@ def resolve(name, seed=None, allow_changed=False):
             raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
-        seed = settings["seed"] if settings["from_scratch"] else None
-        folder, overlays, seed = resolve(settings["model"], seed, allow_changed)
-        if "base_fingerprint" not in settings:
-            warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
-        elif not allow_changed and settings["base_fingerprint"] != fingerprint(folder, overlays, seed):
-            raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
-                             "back, or use this one with --allow-changed")
-        return folder, [*overlays, trained], seed
+        drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
+        base = folder, overlays, without = resolve(settings["model"], {*skip, *drawn}, allow_changed)
+        if not allow_changed:                               # with `skip`: compare what the run itself has read
+            check_base(name, settings, *(resolve(settings["model"], drawn, True) if skip else base))
+        return folder, [*overlays, (trained, drawn, skip)], without
     if (path / ADAPTER_CONFIG).is_file():
-        folder, overlays, seed = resolve(read_adapter_config(path)[0], seed, allow_changed)
-        return folder, [*overlays, path], seed
+        folder, overlays, without = resolve(read_adapter_config(path)[0], skip, allow_changed)
+        return folder, [*overlays, (path, (), skip)], without
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
-        return path, [], seed
+        return path, [], skip
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or "
                          "'tiny'")
-    return download(name, BESIDE_WEIGHTS if seed is not None else (WEIGHTS, *BESIDE_WEIGHTS)), [], seed
+    return download(name, BESIDE_WEIGHTS if {*PARTS} <= {*skip} else (WEIGHTS, *BESIDE_WEIGHTS)), [], skip
 
 
 def read_settings(run):
@@ -87,6 +86,15 @@ def read_settings(run):
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
+
+
+def check_base(name, settings, *base):
+    """Raise InputError if the base model of a run is not the one that it was trained on. `base`: of `resolve`."""
+    if "base_fingerprint" not in settings:
+        warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
+    elif settings["base_fingerprint"] != fingerprint(*base):
+        raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
+                         "back, or use this one with --allow-changed")
 
 
 def step_of(name):
@@ -118,16 +126,16 @@ def run_of(path):
         return (file.metadata() or {}).get("run_id")
 
 
-def fingerprint(folder, overlays=(), seed=None):
-    """A hash, 16 hex digits, of a model as `resolve` found it: config, tokenizer, and its weights or their seed.
+def fingerprint(folder, overlays=(), without=()):
+    """A hash, 16 hex digits, of a model as `resolve` found it: config, tokenizer and, unless all are drawn, weights.
 
-    Of weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
+    Of the weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
     """
     files = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
-    files += sorted(folder.glob("model*.safetensors")) if seed is None else ()
-    for path in overlays:
+    files += () if {*PARTS} <= {*without} else sorted(folder.glob("model*.safetensors"))
+    for path, *_ in overlays:
         files += sorted(path.glob("adapter_*")) if path.is_dir() else [path]
-    total = hashlib.sha256(f"{seed}".encode())
+    total = hashlib.sha256()
     for path in filter(Path.is_file, files):
         for part in (path.name.encode(), *(parts_of(path) if path.suffix == ".safetensors" else [path.read_bytes()])):
             total.update(part)
@@ -167,8 +175,8 @@ def download(name, files):
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
-def load(model, folder, overlays, seed=None, device=None, dtype=None):
-    """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
+def load(model, folder, overlays, without=(), device=None, dtype=None):
+    """Fill a model that was built on the meta device, but for parts that nothing in `overlays` holds. See `resolve`."""
     from model.lora import load_adapter
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -178,23 +186,25 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if seed is None:
-        tensors, stored = read(folder / WEIGHTS, model.state_dict(), device, dtype)
-        model.load_state_dict(tensors, assign=True)
-    else:
-        check_size(model, folder)
-        model.to_empty(device="cpu").init_weights(seed)
-        model.to(device, dtype)
-        stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    if wanted := {name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in without}:
+        tensors, read_as = read(folder / WEIGHTS, wanted, device, dtype, without)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        stored |= read_as
+    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
+    check_size(empty, folder)
+    empty.to(dtype).to_empty(device=device)
+    if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
+        raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
-    for path in overlays:
-        load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
-    model.fingerprint = fingerprint(folder, overlays, seed)
+    for path, drawn, skip in overlays:
+        load_adapter(path, model, skip) if path.is_dir() else load_checkpoint(path, model, drawn, skip)
+    model.fingerprint = fingerprint(folder, overlays, without)
     return model
 
 
@@ -207,16 +217,16 @@ def check_size(model, folder):
                          f"{held / 1e9:,.0f} GB of memory; take a smaller model")
 
 
-def read(path, wanted, device, dtype):
+def read(path, wanted, device, dtype, skip=()):
     """Read a safetensors file -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file}).
 
-    `wanted`: {our name: tensor of the expected shape}. Raises InputError, which lists the tensors that are missing,
-    unexpected, or of another shape or dtype.
+    `wanted`: {our name: tensor of the expected shape}; `skip`: parts that are not read. Raises InputError, which lists
+    the tensors that are missing, unexpected, or of another shape or dtype.
     """
     tensors, stored, trouble = {}, {}, {"missing": [], "unexpected": [], "wrong shape": [], "wrong dtype": []}
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
+            names = [name for name in file.keys() if part_of(name) not in skip]
             for name in names:
                 ours, part = our_name(name), file.get_slice(name)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
@@ -234,26 +244,29 @@ def read(path, wanted, device, dtype):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
     trouble["missing"] = sorted({official_name(ours) for ours in wanted} - set(names))
-    listed = [f"{len(found)} {kind} ({', '.join(found[:3] + ['...'] * (len(found) > 3))})"
+    listed = [f"{len(found)} {kind} ({', '.join(found[:8] + ['...'] * (len(found) > 8))})"
               for kind, found in trouble.items() if found]
     if listed:
+        parts = {part_of(name) for found in trouble.values() for name in found} - {None}
         raise InputError(f"{path}: not the weights that its config.json describes: {'; '.join(listed)}; "
-                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}")
+                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}"
+                         + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
     return tensors, stored
 
 
-def load_checkpoint(path, model):
-    """Copy the trained tensors of a run's checkpoint into a model. See `read_checkpoint` and `lora.lay_over`."""
+def load_checkpoint(path, model, drawn=(), skip=()):
+    """Copy a run's checkpoint into a model, but for the parts in `skip`; the others that the run drew must be whole."""
     from model.lora import lay_over
-    trained, _, _, scale = read_checkpoint(path)
-    lay_over(model, trained, scale, path)
+    whole = [official_name(name) for name in model.state_dict() if part_of(name) in {*drawn} - {*skip}]
+    held, _, _, scale = read_checkpoint(path, whole)
+    lay_over(model, {name: tensor for name, tensor in held.items() if part_of(name) not in skip}, scale, path)
 
 
-def read_checkpoint(path):
-    """Read a checkpoint -> (trained tensors, optimizer state, `state`, scale of its adapters).
+def read_checkpoint(path, needed=()):
+    """Read a checkpoint -> (trained and drawn tensors, optimizer state, `state`, scale of its adapters).
 
     Tensors are in dicts by official name, those of the optimizer after their kind: "exp_avg.mlp1.1.weight". Raises
-    InputError, also where a byte changed.
+    InputError, also where a byte changed or a `needed` tensor is missing.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -270,6 +283,8 @@ def read_checkpoint(path):
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
                 tensors[kind][name] = finite(file.get_tensor(f"{kind}.{name}"), f"{kind}.{name}", path)
+            if missing := sorted({*needed} - tensors["model"].keys()):
+                raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew")
             return tensors["model"], tensors["optimizer"], state, scale
     except InputError:
         raise

@@ -19,7 +19,7 @@ from torch import nn
 
 from model.errors import InputError, finite
 from model.layers import Linear
-from model.names import fuse, official_name, transformers_names
+from model.names import fuse, official_name, part_of, transformers_names
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -125,10 +125,10 @@ def read_adapter_config(folder):
         raise InputError(f"{path}: not the description of an adapter ({type(error).__name__}: {error})") from error
 
 
-def load_adapter(folder, model):
+def load_adapter(folder, model, skip=()):
     """Merge a PEFT folder into a model, whether it was made on the official model or on transformers' own.
 
-    Raises InputError for files that cannot be read and for layers that the model lacks.
+    The parts in `skip` stay. Raises InputError for files that cannot be read and for layers that the model lacks.
     """
     (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
     try:
@@ -138,7 +138,7 @@ def load_adapter(folder, model):
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
     # a model of transformers 5 has language_model.layers where all files have language_model.model.layers
     found = {re.sub(r"^language_model\.(?!model\.|lm_head)", "language_model.model.", name): tensor
-             for name, tensor in found.items()}
+             for name, tensor in found.items() if part_of(name) not in skip}
     for weight, _ in model.named_parameters():
         layer = weight.removesuffix("weight")
         for ours in (weight, f"{layer}adapter.a.weight", f"{layer}adapter.b.weight") if layer != weight else (weight,):

@@ -97,8 +97,8 @@ def test_every_step_tells_its_shapes_and_its_file(explained):
                    "and you are a helpful and harmless AI assistant.")        # of the Chinese system sentence
     assert translation in " ".join(text.split())
     told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
-    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
-                    "6, 96", "6, 288"]
+    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 96", "349, 96", "6, 96", "6, 288"]
+    assert "2 x 2 neighboring patches are joined to 256 numbers" in text and "shows the 8 x 8 tokens of" in text
     files = [re.findall(r"<code>([\w/]+\.py)</code>", where) for where in re.findall(r"<p class='where'>(.*?)</p>", text)]
     assert len(files) == text.count("<h2>") and all(files)
     assert all((ROOT / name).exists() for names in files for name in names)

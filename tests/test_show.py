@@ -7,6 +7,7 @@ from PIL import Image, ImageChops
 from reference import page_prompt, reference_model, reference_pixels
 
 from data import Page, PageDataset
+from extras.explain import token_colors
 from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens, show_example
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
@@ -95,3 +96,13 @@ def test_the_heat_lies_on_the_page(tiny):
     assert drawn.size == (256, 256) and drawn.mode == "RGB" and CELL * 8 == 128
     red, _, blue = drawn.crop((0, 0, 256, 128)).split()
     assert ImageChops.subtract(red, blue).getbbox()
+
+
+def test_image_tokens_need_not_form_a_square(tiny):
+    page = Image.new("L", (256, 128), 255)
+    chat = tiny.chat(max_new_tokens=2)
+    chat.ask("What?", page)
+    for grid in ((4, 16), (1, 1)):                                      # (1, 1): tokens without places, the tile is one cell
+        tiny.projector.token_grid = grid
+        assert draw_attention(chat).size == page.size
+        assert token_colors(chat.pictures[0].tokens[:64], grid[0]).size == (64 // grid[0], grid[0])

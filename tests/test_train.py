@@ -267,6 +267,7 @@ def test_compiled_blocks_give_the_same_step(fit):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.official
 def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, monkeypatch):
     run = fit("run", "--steps", 2, "--accumulate", 2, "--lr", "1e-2", "--save-every", 1)
     finished = InternVL.from_pretrained(run, "cpu").state_dict()

@@ -428,7 +428,10 @@ class PageDataset(Dataset):
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
-        self.max_tiles, self.max_length, self.allow_private = max_tiles, max_length, allow_private
+        self.max_tiles, self.allow_private, most = max_tiles, allow_private, model.config.language.max_positions
+        self.max_length = max_length and min(max_length, most)                  # None: lengths are judged elsewhere
+        self.limit = (f"the model's {most} positions; lower --max-tiles" if self.max_length == most
+                      else f"--max-length {max_length}; raise it or lower --max-tiles")
 
     def __getitem__(self, page):
         if not page.questions:
@@ -448,8 +451,8 @@ class PageDataset(Dataset):
         example = Example(page, tiles, prompt, [page.questions[i] for i in left_out],
                           [i for i in range(len(page.questions)) if i not in left_out], counts)
         if len(left_out) == len(page.questions):
-            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
-                             f"--max-length {self.max_length}; raise it or lower --max-tiles")
+            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room "
+                             f"in {self.limit}")
         return example
 
     def tiles_of_each(self, page):

@@ -41,7 +41,7 @@ TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup
 # settings that a resumed run cannot change: what is trainable, and which page comes next
 FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "init", "seed", "shuffle", "look_ahead",
          "group_by_length", "columns")
-LONGEST_ANSWER = 64                     # tokens of an answer in a validation
+LONGEST_ANSWER = 64                     # tokens of an answer in a validation, or more if the right one is longer
 PROGRESS = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 EVAL_BLOCK = 512                        # rows of a block of the validation pages
 
@@ -350,19 +350,25 @@ def evaluate(model, examples):
     from extras.evaluate import answer_batch
     from extras.score import anls, exact_match
     model.eval()
-    total, tokens, answers, skips = 0.0, 0, [], SkipLog()
+    total, tokens, answers, failed, skips = 0.0, 0, [], 0, SkipLog()
     for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
         if len(tiles):
             batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
-        total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
-        tokens += example.answer_tokens
+        loss = answer_loss(model(batch), batch.targets).item()
+        if not math.isfinite(loss):
+            raise InputError(f"validation page {page.name}: loss {loss}; look at the page, or lower --lr")
+        total, tokens = total + loss, tokens + example.answer_tokens
+        longest = int(batch.branches[0][batch.answer_index.cpu() + 1].bincount().max())
         with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
-            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
+            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=max(LONGEST_ANSWER, longest))
+        failed += sum(bool(one.error) for one in answered)
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
+    if skips.lines or failed:
+        warn(f"validation: {skips}; {failed} questions not answered, which counts as wrong")
     scores = {score.__name__: sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
               for score in (exact_match, anls)}
     return {"val_loss": total / tokens, **scores}, answers

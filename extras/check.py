@@ -63,7 +63,7 @@ def check(path, dataset, arguments):
     problems = [problem for part in parts for problem in part.problems + part.unanswered + part.remarks]
     pages, pictures, contents = [], set(), set()
     for page in itertools.chain.from_iterable(blocks):
-        problems += problems_of(dataset[page], dataset.max_length, in_file=bool(parts))
+        problems += problems_of(dataset[page], dataset.limit, in_file=bool(parts))
         pictures.update(image for image in page.images if isinstance(image, str))
         contents.update(map(content_hash, page.images))
         pages.append((page.rows, len(page.questions), page.unanswered))
@@ -94,13 +94,13 @@ def print_problems(path, problems):
             print(printable(plain(f"{path}: {often - 3} more: {' '.join(reason.split())}")))
 
 
-def problems_of(example, max_length, in_file):
+def problems_of(example, limit, in_file):
     """(place, reason) of all that keeps a page, or some of its questions, out of training."""
     page, kept, reason = example.page, example.kept_questions, example.error
     places = [place for i, place in enumerate(page.places) if i not in kept]
     if reason and not (in_file and places):
         return [(page.name, reason)]
-    return [(place, reason or f"does not fit --max-length {max_length}") for place in dict.fromkeys(places)]
+    return [(place, reason or f"does not fit {limit}") for place in dict.fromkeys(places)]
 
 
 def by_line(problem):

@@ -12,10 +12,14 @@ from model.tokenizer import clean
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, with exit status 2; flags cannot be abbreviated."""
+    """An argument parser that reports an error in one line, with exit status 2; flags cannot be abbreviated.
+
+    A flag that takes a name takes no empty one.
+    """
 
     def __init__(self, **more):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        self.register("type", None, not_empty)          # the type of all arguments without one
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
@@ -48,6 +52,13 @@ def run(main):
         sys.exit(2)
 
 
+def not_empty(text):
+    """An argument type: text. An empty value, as of an unset variable in a script, would act like no flag at all."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty; give a name, or leave the flag out")
+    return text
+
+
 def int_in(smallest, largest=10 ** 9 - 1):
     """An argument type: an integer in this range, by default below what any machine can do."""
     return lambda text: in_range(int(text), smallest, largest)
@@ -67,6 +78,8 @@ def in_range(value, smallest, largest):
 # the settings of an answer, as `Chat` has them, each with its type
 ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
                    "top_p": float_in(1e-6, 1), "seed": int_in(0, 2 ** 63 - 1)}
+
+SCORES = ".scores.json"                 # of predictions: a file beside them, with this behind their whole name
 
 
 def count(number, thing):

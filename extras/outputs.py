@@ -84,10 +84,10 @@ def check_empty(folder, locked=False):
 
 
 def holder(path):
-    """What a lock file of ours says; None for any other file."""
+    """What a lock file of ours says, an empty one if its process was killed at once; None for any other file."""
     with contextlib.suppress(OSError, ValueError):
-        found = re.fullmatch("process [0-9]+\n", path.read_text() if path.is_file() else "")
-        return found and found[0].strip()
+        found = re.fullmatch("(process [0-9]+\n)?", path.read_text() if path.is_file() else "no file")
+        return found and (found[0].strip() or "another process")
 
 
 @contextlib.contextmanager

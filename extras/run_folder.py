@@ -224,7 +224,7 @@ class StopSignal:
 
 def append_line(path, line):
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_lines(path):
@@ -292,9 +292,9 @@ class SkipLog:
             self.check_limit(at_end=False)
         elif example.too_long:
             first = f"the first: {example.too_long[0][:200]!r}"
-            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; {first}")
-            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are skipped, "
-                 f"{first}")
+            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length or the model's positions; {first}")
+            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length or the model's "
+                 f"positions and are skipped, {first}")
         return not example.error
 
     def check_limit(self, at_end=True):

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.errors import InputError, warn
+from model.errors import InputError, finite, warn
 from model.names import PARTS, official_name, our_name, part_of
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -261,7 +261,8 @@ def read(path, wanted, device, dtype, skip=()):
                 elif kind not in STORED_DTYPES:
                     trouble["wrong dtype"].append(f"{name} {kind}")
                 else:
-                    tensors[ours], stored[ours] = file.get_tensor(name).to(device, dtype), STORED_DTYPES[kind]
+                    tensors[ours] = finite(file.get_tensor(name).to(device, dtype), name, path)
+                    stored[ours] = STORED_DTYPES[kind]
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found; a model folder holds its weights in one {WEIGHTS}") from error
     except (SafetensorError, OSError) as error:
@@ -305,7 +306,7 @@ def read_checkpoint(path, needed=()):
                                  "from the checkpoint before")
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
-                tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
+                tensors[kind][name] = finite(file.get_tensor(f"{kind}.{name}"), f"{kind}.{name}", path)
             if missing := sorted({*needed} - tensors["model"].keys()):
                 raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew")
             return tensors["model"], tensors["optimizer"], state, scale
@@ -352,7 +353,9 @@ def copy_files(model, folder, patterns):
 
 
 def write_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all. Raises InputError for values that are not finite."""
+    for name, tensor in tensors.items():
+        finite(tensor, name, path)
     with atomic_replace(path) as beside:
         save_file(tensors, beside, metadata)
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from model.errors import InputError
+from model.errors import InputError, finite
 from model.layers import Linear
 from model.names import fuse, official_name, part_of, transformers_names
 
@@ -132,7 +132,8 @@ def load_adapter(folder, model, skip=()):
     """
     (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
     try:
-        found = {name.removeprefix(PREFIX).removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+        found = {name.removeprefix(PREFIX).removeprefix("model."): finite(tensor, name, path)
+                 for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
     # a model of transformers 5 has language_model.layers where all files have language_model.model.layers

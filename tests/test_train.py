@@ -316,7 +316,7 @@ def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, c
     status, out, err = call(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
                             "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
     assert status == 0, err
-    assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: cannot read it as an image" in err
+    assert "page 0/1: 1 of its questions do not fit --max-length or the model's positions and are skipped" in err and "page 5/1: cannot read it as an image" in err
     assert "skipped: 1 page, 1 question too long, 0 without an answer" in out
     assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
 
@@ -366,6 +366,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--device", "nonsense"), "try --device cpu"),
     (("--max-length", "50"), "leave no room in --max-length 50; raise it or lower --max-tiles"),
     (("--resume", "nowhere"), "nowhere: not a run folder"),
+    *(((flag, ""), f"argument {flag}: the value is empty") for flag in ("--out", "--resume", "--data", "--eval-data", "--model", "--device")),
+    (("--export", "run", ""), "argument --export: the value is empty"), (("--push-to-hub", ""), "argument --push-to-hub: the value is empty"),
 ])
 def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message):
     assert message in refuses(train, capsys, monkeypatch, "--tiny", "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run", *flags)

@@ -125,6 +125,22 @@ def test_a_strangers_files_in_a_run_folder_stay(fit, strangers, capsys, monkeypa
     assert status == 0 and {name: (run / name).read_bytes() for name in kept} == kept, err
 
 
+def test_no_output_flag_of_infer_changes_a_strangers_folder(strangers, refused, tmp_path):
+    rows = annotations(tmp_path / "rows.jsonl", [0])
+    one = "--tiny", "--max-new-tokens", 1, "--image", tmp_path / "0.png", "What?"
+    flags = {"--show": one, "--attend": one, "--explain": one, "--out": ("--tiny", "--questions", rows), "--predictions": ("--tiny", "--evaluate", rows)}
+    before = snapshot(strangers)
+    for flag, others in flags.items():
+        for name in (*NAMES[::4], "answers.jsonl", "predictions.json", "deep", "checkpoints"):
+            refused(infer, *others, flag, strangers / name)
+            if (strangers / name).is_dir():
+                assert "no regular file" in refused(infer, *others, flag, strangers / name, "--overwrite")
+        for name in (tmp_path / "0.png", rows) if rows in others else (tmp_path / "0.png",):
+            assert "also an input" in refused(infer, *others, flag, name, "--overwrite")
+    assert "another output" in refused(infer, *one, "--show", tmp_path / "new.png", "--attend", tmp_path / "new.png", "--overwrite")
+    assert snapshot(strangers) == before
+
+
 def test_data_show_writes_a_new_file_or_a_free_name(strangers, tmp_path, refused, capsys, monkeypatch):
     rows = annotations(tmp_path / "rows.jsonl", [0])
     os.link(rows, tmp_path / "link.png")

@@ -13,6 +13,8 @@ the number of workers. Rows are read in the main process; a DataLoader's workers
 import contextlib
 import hashlib
 import itertools
+import multiprocessing.queues
+import os
 import random
 import re
 import signal
@@ -33,9 +35,8 @@ from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, PromptTensors, write_
 from model.tiling import choose_grid, tile_page
 from model.tokenizer import special_id
 
-COLUMNS = ("image", "question", "answers")              # columns that rows must have,
-PAGE_COLUMNS = ("docId", "ucsf_document_page_no")       # columns that tell pages apart, if present,
-NAME_COLUMNS = ("questionId", "question_types")         # and columns that predictions and scores use
+COLUMNS = ("image", "question", "answers")              # columns that rows must have; pages and scores use the others
+ROW_COLUMNS = (*COLUMNS, "docId", "ucsf_document_page_no", "questionId", "question_types")
 FIRST_BLOCK = 512                       # rows of the first block at most, so that the first step does not wait long
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 AT_START, MID_RUN = 7, 600              # seconds without the network before giving up: at the start, in mid-run
@@ -44,12 +45,14 @@ LONGEST_PAUSE = 60                      # seconds between two tries
 
 # ------------------------------------------------------------------------------------------------------------- rows
 
-def open_hub_rows(data, split):
+def open_hub_rows(data, split, columns=None):
     """The rows of a data set in the Hub's layout: on the Hub (`owner/name`, `owner/name:config`) or in a local folder.
 
-    Returns an iterable of dicts with DocumentVQA's columns, images not decoded. Raises InputError.
+    `columns`: 'question=query,image=img' if its columns do not have DocumentVQA's names. Returns an iterable of dicts
+    with those names, images not decoded. Raises InputError.
     """
     name, config = hub_name(data)
+    names = {column: column for column in ROW_COLUMNS} | dict(re.findall("([^,=]+)=([^,]+)", columns or ""))
     try:
         import datasets
     except ImportError as error:
@@ -61,10 +64,13 @@ def open_hub_rows(data, split):
         except datasets.exceptions.DatasetNotFoundError as error:
             raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
         rows = retry(lambda: builder.as_streaming_dataset(split=split))
-    check_columns(data, rows.column_names or [])
+    check_columns(data, rows.column_names or [], names)
     if builder.name == "parquet":
-        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
-    return rows.cast_column("image", datasets.Image(decode=False))
+        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]], names)
+    rows = rows.cast_column(names["image"], datasets.Image(decode=False))
+    rows = rows.map(rename, remove_columns=rows.column_names, fn_kwargs={"names": names})
+    rows.files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return rows
 
 
 @contextlib.contextmanager
@@ -79,21 +85,26 @@ def reading(source, what, advice):
         if is_transient(error):
             raise InputError(f"{source}: the Hub cannot be reached; connect to the network, or give a local folder "
                              "with --data; continue a run with --resume") from error
-        if not isinstance(error, (ArrowException, OSError, ValueError)):
+        if not isinstance(error, (ArrowException, OSError, ValueError, LookupError, ImportError)):
             raise
         raise InputError(f"{source}: cannot read {what} ({error}); {advice}") from error
 
 
-def check_columns(source, columns):
-    missing = [column for column in COLUMNS if column not in columns]
+def check_columns(source, found, names):
+    missing = [name for column, name in names.items() if name not in found and (column in COLUMNS or name != column)]
     if missing:
-        raise InputError(f"{source}: no column {', '.join(missing)} (found: {', '.join(columns)}); "
-                         "expected DocumentVQA's columns")
+        raise InputError(f"{source}: no column {', '.join(missing)} (found: {', '.join(found)}); name the right ones "
+                         "with --columns question=...,answers=...,image=...")
+
+
+def rename(row, names):
+    """A row with DocumentVQA's names for its columns; the other columns are dropped."""
+    return {column: row[name] for column, name in names.items() if name in row}
 
 
 def hub_name(data):
     """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
-    if Path(data).exists():
+    if os.path.exists(data):
         return data, None
     name, _, config = data.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith((".json", ".jsonl", ".parquet")):
@@ -108,8 +119,8 @@ class ParquetRows:
     When the network fails in the middle, the same row is tried again; raises InputError after MID_RUN seconds.
     """
 
-    def __init__(self, data, files):
-        self.data, self.files = data, files
+    def __init__(self, data, files, names):
+        self.data, self.files, self.names = data, files, names
         self.sizes = {}                                         # file -> its number of rows, where known
 
     def __iter__(self):
@@ -143,9 +154,8 @@ class ParquetRows:
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
                     if first + size > start:
-                        columns = [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS]
-                        batches = parquet.iter_batches(64, [group], columns, use_threads=False)     # this is a thread
-                        rows = (row for batch in batches for row in batch.to_pylist())
+                        batches = parquet.iter_batches(64, [group], [*{*self.names.values()}], use_threads=False)
+                        rows = (rename(row, self.names) for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
 
@@ -153,7 +163,7 @@ class ParquetRows:
         import fsspec
         from pyarrow import parquet
         opened = parquet.ParquetFile(fsspec.open(file).open() if "://" in file else file)
-        check_columns(file, opened.schema_arrow.names)
+        check_columns(file, opened.schema_arrow.names, self.names)
         self.sizes[file] = opened.metadata.num_rows
         return opened
 
@@ -219,6 +229,7 @@ class Page:
     cut: bool = field(default=False, compare=False)             # another part of the page came before
     epoch: int = 0
     resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it done) after this page
+    instruction: str = ""                                       # added to each of its questions
     system: str | None = None                                   # as in `write_page`
     history: list = field(default_factory=list)
     question_start: str | None = None
@@ -227,14 +238,14 @@ class Page:
 
     @property
     def full(self):
-        return len(self.questions) >= MOST_QUESTIONS or sum(map(len, self.questions)) >= MOST_CHARACTERS
+        return len(self.questions) >= MOST_QUESTIONS or len(self.instruction.join(self.questions)) >= MOST_CHARACTERS
 
 
-def group_rows_into_pages(rows, answered=True):
+def group_rows_into_pages(rows, answered=True, instruction=None):
     """Gather the rows of each page -> list of Pages, in the order of their first rows.
 
     A page with more questions than one row of tokens can hold becomes several, marked as `cut`. `answered`: leave out
-    questions without an answer.
+    questions without an answer. `instruction`: added to every question; None: that of the row, else INSTRUCTION.
 
     >>> [page.questions for page in group_rows_into_pages([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
@@ -243,7 +254,7 @@ def group_rows_into_pages(rows, answered=True):
     for row in rows:
         key = page_key(row)
         if key not in latest or latest[key].full:
-            pages.append(open_page(row, key))
+            pages.append(open_page(row, key, instruction))
             pages[-1].cut = key in latest
             latest[key] = pages[-1]
         add_row(latest[key], row, answered)
@@ -270,15 +281,16 @@ def image_bytes(row):
     content, path = image.get("bytes"), image.get("path")
     if hasattr(content, "__bytes__"):
         return content
-    return Path(path).read_bytes() if isinstance(path, str) and Path(path).is_file() else b""
+    return Path(path).read_bytes() if isinstance(path, str) and os.path.isfile(path) else b""
 
 
-def open_page(row, key):
+def open_page(row, key, instruction):
     """A Page for a row, still without its questions."""
+    instruction = row.get("instruction", INSTRUCTION) if instruction is None else instruction
     if "turns" not in row:
-        return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
+        return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key), instruction=instruction)
     more = {name: row[name] for name in ("system", "history", "question_start", "max_tiles", "augment") if name in row}
-    return Page(row["place"], list(row["images"]), key=hash(key), **more)
+    return Page(row["place"], list(row["images"]), key=hash(key), instruction=instruction, **more)
 
 
 def add_row(page, row, answered):
@@ -288,7 +300,7 @@ def add_row(page, row, answered):
         turns, accepted, place = row["turns"], row["accepted"], row["place"]
     else:
         accepted, place = accepted_answers(page, row), f"{page.name}/{page.rows}"
-        turns = [(plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), (accepted or [""])[0])]
+        turns = [(plain(row["question"] or ""), (accepted or [""])[0])]
         page.unanswered += not accepted
         if answered and not accepted:
             return
@@ -298,7 +310,7 @@ def add_row(page, row, answered):
             page.follows.add(len(page.questions))
         page.questions.append(question)
         page.answers.append(answer)
-        page.accepted.append([answer] if accepted is None else accepted)
+        page.accepted.append([answer] * bool(answer) if accepted is None else accepted)
         page.ids.append(f"{name}/{number + 1}" if len(turns) > 1 else name)
         page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types])
         page.places.append(place if "turns" in row else name)
@@ -321,12 +333,12 @@ def plain(text):
 
 # ----------------------------------------------------------------------------------------------------------- stream
 
-def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, answered=True):
+def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, **more):
     """Yield lists of pages, one block of rows after another: gathered, then shuffled within the block.
 
     `epochs`: None for no end. `start`: (epoch, block, pages of it done), the `resume` of the last page that was used;
-    no row before that block is read. `group`: (size, count) of `group_by_length`. A page that is cut by the edge of a
-    block becomes two. Raises InputError for rows that cannot be read, or none at all.
+    no row before that block is read. `group`: (size, count) of `group_by_length`. `more`: of `group_rows_into_pages`.
+    A page that is cut by the edge of a block becomes two. Raises InputError for rows that cannot be read, or none.
     """
     epoch, block, done = start
     placed = -done                      # pages before this block; only the remainder by a micro-batch's size matters
@@ -336,7 +348,7 @@ def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0,
         try:
             for block, block_of_rows in itertools.groupby(numbered(rows, begin),
                                                           lambda row: max(0, (row[0] - first) // block_rows + 1)):
-                pages = group_rows_into_pages((row for _, row in block_of_rows), answered)
+                pages = group_rows_into_pages((row for _, row in block_of_rows), **more)
                 for page in pages:
                     page.cut, page.epoch = page.cut or page.key in before, epoch
                 before, draw = {page.key for page in pages}, random.Random(f"{seed} {epoch} {block}")
@@ -415,10 +427,14 @@ class Example:
 
 class PageDataset(Dataset):
     """Turns a page into an example: decoded, tiled, tokenized. The work of a DataLoader's workers."""
+    image_key = len                     # what of an image's bytes leaves a worker; a hash, if images are compared
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
-        self.max_tiles, self.max_length, self.allow_private = max_tiles, max_length, allow_private
+        self.max_tiles, self.allow_private, most = max_tiles, allow_private, model.config.language.max_positions
+        self.max_length = max_length and min(max_length, most)                  # None: lengths are judged elsewhere
+        self.limit = (f"the model's {most} positions; lower --max-tiles" if self.max_length == most
+                      else f"--max-length {max_length}; raise it or lower --max-tiles")
 
     def __getitem__(self, page):
         if not page.questions:
@@ -438,14 +454,15 @@ class PageDataset(Dataset):
         example = Example(page, tiles, prompt, [page.questions[i] for i in left_out],
                           [i for i in range(len(page.questions)) if i not in left_out], counts)
         if len(left_out) == len(page.questions):
-            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
-                             f"--max-length {self.max_length}; raise it or lower --max-tiles")
+            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room "
+                             f"in {self.limit}")
         return example
 
     def light(self, example):
-        """The example as it leaves a worker: its prompt as tensors, its page without image files of many megabytes."""
+        """The example as it leaves a worker: its prompt as tensors, of its images names or keys, not megabytes."""
         prompt = example.prompt and example.prompt.tensors(special_id(self.tokenizer, IMAGE_TOKEN))
-        return replace(example, page=replace(example.page, images=[]), prompt=prompt)
+        images = [image if isinstance(image, str) else self.image_key(image) for image in example.page.images]
+        return replace(example, page=replace(example.page, images=images), prompt=prompt)
 
     def tiles_of_each(self, page):
         """The most tiles that each image of a page may be cut into: they share those of the page."""
@@ -465,10 +482,11 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        branches = [[(page.questions[i], page.answers[i] if asked is None or i != chain[-1] else None) for i in chain]
-                    for chain in chains]
+        branches = [[(page.questions[i] + page.instruction,
+                      page.answers[i] if asked is None or i != chain[-1] else None) for i in chain] for chain in chains]
+        history = [(question + page.instruction, answer) for question, answer in page.history]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, page.history, page.question_start)
+                                      self.max_length, page.system, history, page.question_start)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
     def size(self, page):
@@ -478,12 +496,14 @@ class PageDataset(Dataset):
             pixels = image_size(image)
             columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
-        text = sum(len(text.encode()) for text in page.questions + page.answers)
+        text = sum(len(text.encode()) for text in (page.instruction.join([*page.questions, ""]), *page.answers))
         return tiles * self.config.tokens_per_tile + text // 4
 
 
 def leave_signals_to_the_parent(_):
     """In a worker: leave Ctrl-C and a first SIGTERM to the main process; a second SIGTERM ends the worker."""
+    # as does an example that cannot be handed over, because /dev/shm is full: the main process would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

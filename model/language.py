@@ -79,10 +79,10 @@ class PageMask:
 
 
 def page_mask(branches, cache=None, span=None):
-    """The PageMask of one page's new tokens; its past is in `cache`. The mask is made on the device of `branches`.
+    """The PageMask of one page's new tokens, on the device of `branches`; its past is in `cache`.
 
-    `branches`: int64 (n,), 0 for the prefix, then 1, 2, ... for the questions. `span`: how many of them are 0, and the
-    last one, known to the host; without it they are read from the device, which waits for all work there.
+    `branches`: int64 (n,), 0 for the prefix, then 1, 2, ... for the questions. `span`: how many are 0, and the last;
+    None: they are read from the device, and the host waits for it.
     """
     prefix, last = span or (int((branches == 0).sum()), int(branches.max()))
     past, new, mask = len(cache.branches) if cache else 0, len(branches), None

@@ -20,7 +20,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 @functools.cache        # made once: a copy of unpinned memory to a GPU waits for all that the GPU has to do before it
 @torch.inference_mode(False)
 def pixel_constants(device):
-    """255, mean and deviation, float32, on a device."""
     mean, deviation = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     # 255 as a tensor: CUDA replaces a division by a Python number with a product with its rounded reciprocal
     return torch.tensor(255.0, device=device), mean, deviation

@@ -189,7 +189,7 @@ class SyntheticRows:
         for page in itertools.count(start // 8):
             for i, (question, answer) in enumerate(write_page(*self.drawn(page), self.unseen)[1]):
                 if page * 8 + i >= start:
-                    yield page * 8 + i, {"question": question, "answers": [answer], "as_written": True, "docId": page,
+                    yield page * 8 + i, {"question": question, "answers": [answer], "instruction": "", "docId": page,
                                          "ucsf_document_page_no": "1",
                                          "image": {"bytes": DrawnFile(self, page), "path": None}}
 

@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from model import InputError
 from model.errors import warn
 from model.images import compressed, image_size, load_image
-from model.prompt import IMAGE_TOKEN, INSTRUCTION, Prompt, PromptTensors, write_page
+from model.internvl import PromptTensors
+from model.prompt import INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, tile_page
-from model.tokenizer import special_id
 
 COLUMNS = ("image", "question", "answers")              # columns that rows must have; pages and scores use the others
 ROW_COLUMNS = (*COLUMNS, "docId", "ucsf_document_page_no", "questionId", "question_types")
@@ -460,7 +460,7 @@ class PageDataset(Dataset):
 
     def light(self, example):
         """The example as it leaves a worker: its prompt as tensors, of its images names or keys, not megabytes."""
-        prompt = example.prompt and example.prompt.tensors(special_id(self.tokenizer, IMAGE_TOKEN))
+        prompt = example.prompt and PromptTensors.of(example.prompt, self.tokenizer)
         images = [image if isinstance(image, str) else self.image_key(image) for image in example.page.images]
         return replace(example, page=replace(example.page, images=images), prompt=prompt)
 

@@ -17,11 +17,30 @@ from model.config import Config
 from model.language import Decoder, page_mask
 from model.names import PARTS, part_of
 from model.projector import Projector
-from model.prompt import IMAGE_TOKEN, PromptTensors
+from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
 from model.tokenizer import special_id
 from model.vision import VisionEncoder
 
 VISION_TILES = 16                       # at most: fills a large GPU with 16,400 rows; 0.3 GB of activations in bfloat16
+
+
+@dataclass
+class PromptTensors:
+    """A prompt as a step needs it, made in a worker; one copy takes it to the device."""
+    numbers: torch.Tensor               # int64: ids, positions, branches, image_index, targets, answer_index of `Batch`
+    sizes: list[int]                    # how many numbers each of them has
+    span: tuple[int, int]               # tokens of branch 0, and the last branch: what the host decides by
+    answer_tokens: int
+
+    @classmethod
+    def of(cls, prompt, tokenizer):
+        columns = prompt.ids, prompt.positions, prompt.branches, prompt.labels
+        ids, positions, branches, labels = map(torch.tensor, columns)
+        images = (ids == special_id(tokenizer, IMAGE_TOKEN)).nonzero()[:, 0]
+        answers = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
+        span = prompt.branches.count(0), max(prompt.branches)
+        return cls(torch.cat(columns), list(map(len, columns)), span, len(answers))
 
 
 @dataclass
@@ -49,7 +68,7 @@ class InternVL(nn.Module):
         self.language = Decoder(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
-        # cuDNN's attention, the first choice of torch on Hopper and Blackwell, plans 23 to 37 ms for every new number of
+        # cuDNN's attention, torch's first choice on Hopper and Blackwell, plans 23 to 37 ms for every new number of
         # queries and keys, and nearly every page and every decoded token has a new one
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.drawn = ()                 # parts that were drawn, not read: checkpoints hold them, trained or frozen
@@ -122,7 +141,7 @@ class InternVL(nn.Module):
         row, start = [], 0
         for tiles, prompt in pages:
             if not isinstance(prompt, PromptTensors):
-                prompt = prompt.tensors(special_id(self.tokenizer, IMAGE_TOKEN))
+                prompt = PromptTensors.of(prompt, self.tokenizer)
             numbers = prompt.numbers.to(device, non_blocking=True)
             ids, positions, branches, images, targets, answers = numbers.split(prompt.sizes)
             if len(images) != len(tiles) * per_tile:

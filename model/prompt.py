@@ -15,8 +15,6 @@ import itertools
 import re
 from dataclasses import dataclass, field
 
-import torch
-
 from model.errors import InputError
 from model.tokenizer import special_id
 
@@ -41,23 +39,6 @@ class Prompt:
     @property
     def answer_tokens(self):
         return sum(label != IGNORE_INDEX for label in self.labels)
-
-    def tensors(self, image_id):
-        """The PromptTensors of this prompt. `image_id`: the id of an image token."""
-        ids, positions, branches, labels = map(torch.tensor, (self.ids, self.positions, self.branches, self.labels))
-        images, answers = (ids == image_id).nonzero()[:, 0], (labels != IGNORE_INDEX).nonzero()[:, 0]
-        columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
-        span = self.branches.count(0), max(self.branches)
-        return PromptTensors(torch.cat(columns), list(map(len, columns)), span, len(answers))
-
-
-@dataclass
-class PromptTensors:
-    """A prompt as a step needs it, made in a worker; one copy takes it to the device."""
-    numbers: torch.Tensor               # int64: ids, positions, branches, image_index, targets, answer_index of `Batch`
-    sizes: list[int]                    # how many numbers each of them has
-    span: tuple[int, int]               # tokens of branch 0, and the last branch: what the host decides by
-    answer_tokens: int
 
 
 class PromptBuilder:

@@ -351,13 +351,17 @@ def run_train(check, flags, metrics=None):
         process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=log.open("w"), stderr=subprocess.STDOUT)
         process.join, process.is_alive = process.wait, lambda: process.poll() is None
     else:
-        process = multiprocessing.get_context("fork").Process(target=forked, args=(flags, log))      # torch is imported once
+        server = multiprocessing.get_context("forkserver")              # forks a process without threads, which has imported torch
+        server.set_forkserver_preload(["train", "gpu_check", "extras.plots"])
+        process = server.Process(target=forked, args=(flags, log), daemon=True)
+        before, os.environ["PYTHONPATH"] = os.environ.get("PYTHONPATH"), os.pathsep.join(sys.path[:2])      # where it imports from
         process.start()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     while metrics and process.is_alive() and (not metrics.exists() or metrics.read_text().count("train_loss") < 3):
         time.sleep(0.005)
     if metrics:
         process.kill()
-    process.join()
+    process.join(300)
     return log.read_text()
 
 

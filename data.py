@@ -457,10 +457,12 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        branches = [[(page.questions[i], page.answers[i] if asked is None or i != chain[-1] else None) for i in chain]
-                    for chain in chains]
+        tidy = str.strip if self.config.template.strip and asked is None else str
+        branches = [[(tidy(page.questions[i]), tidy(page.answers[i]) if asked is None or i != chain[-1] else None)
+                     for i in chain] for chain in chains]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, page.history, page.question_start)
+                                      self.max_length, page.system, page.history, page.question_start,
+                                      self.config.template)
         return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
 
     def size(self, page):

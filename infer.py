@@ -13,6 +13,7 @@ The answer goes to standard output, everything else to standard error. An "<imag
 belongs; without any, the images come first, one to a line.
 """
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
@@ -79,6 +80,7 @@ def add_file_flags(group):
 
 
 def add_answer_flags(group):
+    group.add_argument("--system", metavar="TEXT", type=clean, help="text of the system turn (the model's own)")
     for name, default, text in (
             ("max_tiles", 12, "tiles an image may be cut into, thumbnail not counted"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: always the likeliest token"),
@@ -125,6 +127,8 @@ def conflicts(flags):
 
 def load_model(arguments):
     model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    if arguments.system is not None:
+        model.config = replace(model.config, template=replace(model.config.template, system=arguments.system))
     if arguments.int8:
         from extras.int8 import to_int8
         to_int8(model)

@@ -26,7 +26,7 @@ from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import WEIGHTS, read_settings
+from model.checkpoint import has_weights, read_settings
 from model.errors import warn
 from model.lora import TARGETS, add_adapters
 
@@ -88,12 +88,12 @@ def add_length_flags(parser):
 def add_optimizer_flags(parser):
     flag = parser.add_argument_group("optimizer: AdamW, beta1 0.9").add_argument
     flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
-         help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)})")
+         help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)}; from 14B on at most 2e-5)")
     flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="AdamW beta2 (%(default)s)")
     flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine",
          help="decay after the warmup (%(default)s)")
     flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run for the warmup (%(default)s)")
-    flag("--weight-decay", type=float_in(0, 1000), default=0.01, help="of matrices, not biases or norms (%(default)s)")
+    flag("--weight-decay", type=float_in(0, 1000), help="of matrices, not biases or norms (0.01; 0.05 from 8B on)")
     flag("--clip", type=float_in(0, 1e9), default=1.0, help="largest gradient norm; 0: no clipping (%(default)s)")
 
 
@@ -147,7 +147,8 @@ def parse_args():
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
         refuse_another_run(parser, args, kept)
-    args.lr = choose_rates(parser, args)
+    rates, args.weight_decay = recipes.of_model(args)
+    args.lr = choose_rates(parser, args, rates)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -171,14 +172,14 @@ def learning_rates(text):
     return {part: float_in(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
 
 
-def choose_rates(parser, args):
+def choose_rates(parser, args, rates):
     """The peak learning rate: a number or, where the parts differ in it, text like 'projector=1e-3,lora=1e-4'."""
     if isinstance(args.lr, float):
         return args.lr
     trained, typed = args.train.split(","), args.lr or {}
     if not typed.keys() <= set(trained):
         parser.error(f"--lr: a rate for {', '.join(typed)}, but --train {args.train}")
-    rates = (recipes.TINY_LR if args.tiny else recipes.LR) | typed
+    rates = rates | typed
     if len({rates[part] for part in trained}) == 1:
         return rates[trained[0]]
     return recipes.as_text({part: rates[part] for part in trained})
@@ -442,7 +443,7 @@ def main():
         run.begin()
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
-        if step == 0 or step == first and (run.path / WEIGHTS).exists():
+        if step == 0 or step == first and has_weights(run.path):
             raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)

@@ -20,9 +20,19 @@ from safetensors import SafetensorError
 
 from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
-from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, write_tensors, write_text
-from model.names import split
-from model.tokenizer import TOKENIZER_FILES, special_id
+from model.checkpoint import (
+    CHECKPOINTS,
+    CONFIG,
+    INDEX,
+    SETTINGS,
+    WEIGHTS,
+    shard,
+    write_tensors,
+    write_text,
+    write_weights,
+)
+from model.names import file_names, join_rows, split
+from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, special_id
 
 CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE = (Path(__file__).with_name(name) for name in ("transformers_layout.json", "chat_template.jinja"))
@@ -38,7 +48,8 @@ def export(source, target, layout, repository=None):
     holds a run, a model or a README.md already, and for a run that the layout cannot hold.
     """
     path, folder = Path(source), Path(target)
-    held = [name for name in (SETTINGS, WEIGHTS, CONFIG, lora.ADAPTER_CONFIG, CARD_FILE) if (folder / name).exists()]
+    held = [name for name in (SETTINGS, CONFIG, WEIGHTS, INDEX, lora.ADAPTER_CONFIG, CARD_FILE)
+            if (folder / name).exists()]
     if held:
         raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
     is_checkpoint = path.parent.name == CHECKPOINTS
@@ -80,8 +91,11 @@ def save_adapter(run, path, folder):
         raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
                          f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
                          "write it with --format official")
-    config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": ranks[0], "bias": "none",
-              "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),
+    trained = lora.fused_layers(trained, checkpoint.model_config(settings["model"]).language)
+    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
+    rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))
+    config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": rank, "bias": "none",
+              "lora_alpha": scale * rank, "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,13 +107,19 @@ def save_adapter(run, path, folder):
 def save_transformers(model, folder):
     """Write a folder that transformers' InternVLForConditionalGeneration opens; adapters are merged."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.copy_files(model, folder, TOKENIZER_FILES)
+    if (model.folder / SENTENCEPIECE).is_file():        # which transformers would read wrongly
+        model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        checkpoint.copy_files(model, folder, TOKENIZER_FILES)
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
-    tensors = {}
-    for name, tensor in lora.merged(model):
-        tensors |= split(name, tensor.to("cpu", model.stored_dtypes[name]))
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    tensors, names = {}, [name for name in model.state_dict() if ".adapter." not in name]
+    fused = model.config.language.decoder == "Phi3"     # there as in the official files; InternLM2 is a Llama
+    for name, ours in file_names(names, "Phi3" if fused else "Llama").items():
+        whole = join_rows([lora.merged(model, one).to("cpu", model.stored_dtypes[one]) for one in ours])
+        tensors |= {name: whole} if len(ours) > 1 else split(ours[0], whole)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    write_weights(folder, shard(sizes), sizes, tensors.get)
 
 
 # --------------------------------------------------------------------------------------------------------- transformers
@@ -107,12 +127,14 @@ def save_transformers(model, folder):
 def transformers_files(model):
     """{file name: JSON value or text} of all files of transformers' layout but the weights and the vocabulary.
 
-    A "$name" in transformers_layout.json stands for that attribute of `values`, in chat_template.jinja of prompt.py.
+    A "$name" in transformers_layout.json stands for that attribute of `values`, in chat_template.jinja for a text of
+    the template.
     """
-    config, tokenizer = model.config, model.tokenizer
+    config, tokenizer, template = model.config, model.tokenizer, model.config.template
     values = SimpleNamespace(
         config=config, tokenizer=tokenizer, image_token_id=special_id(tokenizer, prompt.IMAGE_TOKEN),
-        end_token_id=special_id(tokenizer, prompt.END), downsample_ratio=1 / config.shuffle,
+        end_token_id=special_id(tokenizer, template.end), norm_type=("layer_norm", "rms_norm")[config.vision.rms_norm],
+        downsample_ratio=1 / config.shuffle,
         image_size=[config.vision.tile_pixels] * 2, patch_size=[config.vision.patch_pixels] * 2)
 
     def fill(part):
@@ -120,11 +142,31 @@ def transformers_files(model):
                 for key, value in part.items()}
 
     files = json.loads(LAYOUT.read_text(encoding="utf-8"), object_hook=fill)
+    files["config.json"]["text_config"] |= text_config(config.language, tokenizer)
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)
+    if (model.folder / SENTENCEPIECE).is_file():
+        settings = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
-    template = Template(CHAT_TEMPLATE.read_text(encoding="utf-8"))
-    return files | {"chat_template.jinja": template.substitute(vars(prompt))}
+
+    def opened(role):
+        return (template.start + template.name).format(role).replace("\n", "{{ '\\n' }}")
+
+    texts = {"SYSTEM": opened("system") + template.system, "TURN": opened("{{ message['role'] }}"),
+             "ANSWER": opened("assistant"), "END": template.end + template.gap.replace("\n", "{{ '\\n' }}"),
+             "IMAGE_TOKEN": prompt.IMAGE_TOKEN}
+    return files | {"chat_template.jinja": Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(texts)}
+
+
+def text_config(language, tokenizer):
+    """What a decoder's entry in transformers' config.json has beside or instead of Qwen2's."""
+    more = {} if language.decoder == "Qwen2" else {
+        "model_type": {"InternLM2": "llama"}.get(language.decoder, language.decoder.lower()), "attention_bias": False,
+        "head_dim": language.head_width, "pad_token_id": tokenizer.pad_token_id}
+    if limit := language.rope.get("original_max_position_embeddings"):
+        more["original_max_position_embeddings"] = limit
+    return more | {"rope_parameters": {"rope_type": "default"} | language.rope | {"rope_theta": language.rope_theta}}
 
 
 # ----------------------------------------------------------------------------------------------------------- model card

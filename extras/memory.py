@@ -50,7 +50,8 @@ def saved_gb(model, tiles):
         return tensor.detach()                                  # the tensor itself would keep its graph alive
 
     size = model.config.vision.tile_pixels
-    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS)
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
+                           template=model.config.template)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")

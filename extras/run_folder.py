@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from model import checkpoint, lora
-from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, WEIGHTS, latest_checkpoint, write_text
+from model.checkpoint import CHECKPOINTS, CONFIG, INDEX, SETTINGS, WEIGHTS, latest_checkpoint, write_text
 from model.errors import InputError, warn
 from model.names import official_name
 from model.prompt import INSTRUCTION
@@ -147,7 +147,8 @@ class RunFolder:
         path = self.path / CHECKPOINTS / f"step-{step:07d}.safetensors"
         save_checkpoint(path, model, optimizer, self.state)
         keep_newest(self.path, self.args.keep, self.losses)
-        (self.path / WEIGHTS).unlink(missing_ok=True)           # of an earlier end of this run: the checkpoint is newer
+        for name in (WEIGHTS, INDEX):
+            (self.path / name).unlink(missing_ok=True)          # of an earlier end of this run: the checkpoint is newer
 
 
 def position(line):

@@ -1,6 +1,7 @@
 """Where does a model come from, and how is it written? Find, download, read, draw at random, save.
 
-    model folder      config.json, the tokenizer's files and one model.safetensors, as published
+    model folder      config.json, the tokenizer's files and the weights, as published: model.safetensors, or several
+                      files and model.safetensors.index.json, which names them
     adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
     checkpoint        of a run: its trained tensors in float32 and the optimizer's state; the rest is the base model's
@@ -10,6 +11,7 @@ Only safetensors and JSON are read or written.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,16 +21,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model.errors import InputError
-from model.names import official_name, our_name
+from model.config import Config
+from model.errors import InputError, warn
+from model.names import file_names, join_rows, split_rows
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
+INDEX, SHARDS, SHARD_BYTES = "model.safetensors.index.json", "model-*-of-*.safetensors", 5 * 10 ** 9
 BESIDE_WEIGHTS = (                      # the other files of a model folder, for us and for the official code
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
     "configuration_*.py", "modeling_*.py", "conversation.py")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 TINY = Path(__file__).parent / "tiny"
+LORA_SCALE = 2.0                        # of the folders that the official LoRA script leaves: alpha is twice the rank
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
@@ -45,7 +50,7 @@ def resolve(name, seed=None):
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
         return resolve(path.parent, seed)
-    if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
+    if (run / SETTINGS).is_file() and (path != run or not has_weights(run)):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
@@ -64,7 +69,35 @@ def resolve(name, seed=None):
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or "
                          "'tiny'")
-    return download(name, BESIDE_WEIGHTS if seed is not None else (WEIGHTS, *BESIDE_WEIGHTS)), [], seed
+    folder = download(name, BESIDE_WEIGHTS)
+    if seed is None and not has_weights(folder):
+        print_size(name, folder)
+    return folder if seed is not None else download(name, (WEIGHTS, INDEX, SHARDS)), [], seed
+
+
+def about_parameters(config):
+    """The number of parameters in the large matrices: at least 99 % of all."""
+    vision, language = config.vision, config.language
+    heads = 2 * (language.heads + language.kv_heads) * language.head_width
+    return (vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.width * (
+        language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
+
+
+def model_config(name):
+    """The Config of a model; of a Hub id only the small files are downloaded. Raises InputError."""
+    return Config.read(resolve(name, seed=0)[0] / CONFIG)
+
+
+def has_weights(folder):
+    """Whether a model folder has weights, in one file or in several."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def print_size(name, folder):
+    """Print what a model needs, before it is downloaded. Raises InputError for a model that we cannot build."""
+    gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
+    warn(f"{name}: downloading about {gigabytes:.1f} GB; the weights take as much memory in bfloat16, twice that in "
+         "float32; train.py prints what a step takes")
 
 
 def read_settings(run):
@@ -98,9 +131,9 @@ def download(name, files):
         raise InputError(f"{name}: the Hub cannot be reached and the model is not in the cache; connect to the "
                          "network, give a local folder with --model, or take the embedded model with --tiny") from error
     except (errors.HTTPError, OSError) as error:
-        cached = try_to_load_from_cache(name, files[0])
-        if isinstance(cached, str):                         # whole, from an earlier download
-            return Path(cached).parent
+        cached = [try_to_load_from_cache(name, file) for file in files[:2]]         # of several files the index
+        if found := [path for path in cached if isinstance(path, str)]:             # from an earlier download
+            return Path(found[0]).parent
         raise InputError(f"{name}: download failed ({error}); try again, or use a local folder with --model") from error
 
 
@@ -108,7 +141,7 @@ def download(name, files):
 
 def load(model, folder, overlays, seed=None, device=None, dtype=None):
     """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
-    from model.lora import load_adapter
+    from model.lora import lay_over, load_adapter, our_layers
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
@@ -117,11 +150,12 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    check_size(model, folder, device, dtype if seed is None else torch.float32)
+    adapters, model.files = {}, {}
     if seed is None:
-        tensors, stored = read(folder / WEIGHTS, model.state_dict(), device, dtype)
+        tensors, stored, model.files, adapters = read(folder, model, device, dtype)
         model.load_state_dict(tensors, assign=True)
     else:
-        check_size(model, folder)
         model.to_empty(device="cpu").init_weights(seed)
         model.to(device, dtype)
         stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
@@ -131,52 +165,91 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they are not of the same model")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
+    lay_over(model, our_layers(adapters, model), LORA_SCALE, folder)
     for path in overlays:
         load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
     return model
 
 
-def check_size(model, folder):
-    """Raise InputError for a model that is larger than this machine's memory (unknown on Windows)."""
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+def check_size(model, folder, device, dtype):
+    """Raise InputError for a model that is larger than the memory of its device (unknown for a CPU under Windows)."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    needed, where = count * dtype.itemsize, "this machine" if device.type == "cpu" else "this GPU"
+    held = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed)
     if needed > held:
-        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "
-                         f"{held / 1e9:,.0f} GB of memory; take a smaller model")
+        half = f"--dtype bfloat16 (half of it), {'--int8 on a CPU, ' * (device.type != 'cpu')}" * (dtype.itemsize > 2)
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, {where} has "
+                         f"{held / 1e9:,.0f} GB of memory; take {half}a smaller model, or a larger machine")
 
 
-def read(path, wanted, device, dtype):
-    """Read a safetensors file -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file}).
-
-    `wanted`: {our name: tensor of the expected shape}. Raises InputError, which lists the tensors that are missing,
-    unexpected, or of another shape or dtype.
-    """
-    tensors, stored, trouble = {}, {}, {"missing": [], "unexpected": [], "wrong shape": [], "wrong dtype": []}
+def weight_files(folder):
+    """The paths of a folder's weights: one, or those that its index names. Raises InputError."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            for name in names:
-                ours, part = our_name(name), file.get_slice(name)
-                shape, kind = tuple(part.get_shape()), part.get_dtype()
-                if ours not in wanted:
-                    trouble["unexpected"].append(name)
-                elif shape != wanted[ours].shape:
-                    trouble["wrong shape"].append(f"{name} {shape} instead of {tuple(wanted[ours].shape)}")
-                elif kind not in STORED_DTYPES:
-                    trouble["wrong dtype"].append(f"{name} {kind}")
-                else:
-                    tensors[ours], stored[ours] = file.get_tensor(name).to(device, dtype), STORED_DTYPES[kind]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; a model folder holds its weights in one {WEIGHTS}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
-    trouble["missing"] = sorted({official_name(ours) for ours in wanted} - set(names))
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError(f"it names {str(files)[:60]}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: not an index of weights ({error}); download or copy it again") from error
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise InputError(f"{folder}: {len(missing)} of {len(files)} files of weights are missing, the first: "
+                         f"{missing[0]}; download or copy it again")
+    return [folder / file for file in files]
+
+
+def read(folder, model, device, dtype):
+    """Read the weights of a folder -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file},
+    {name in files: file}, {official name of an adapter's tensor: tensor}).
+
+    The adapters are those that the official LoRA script leaves unmerged. Raises InputError, which lists the tensors
+    that are missing, unexpected, twice in the files, or of another shape or dtype than `model` has.
+    """
+    wanted, language = model.state_dict(), model.config.language
+    holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
+    trouble = {"missing": [], "unexpected": [], "duplicate": [], "wrong shape": [], "wrong dtype": []}
+    for path, name, part in tensors_of(weight_files(folder)):
+        plain = name.replace(".base_model.model", "").replace(".base_layer.", ".").replace(".default.", ".")
+        ours, shape, kind = holds.get(plain, ()), tuple(part.get_shape()), part.get_dtype()
+        rows = [len(wanted[one]) for one in ours]
+        if ".lora_" in plain:
+            adapters[plain] = part[:]
+        elif not ours:
+            trouble["unexpected"].append(name)
+        elif plain in files:
+            trouble["duplicate"].append(f"{name} in {files[plain]} and {path.name}")
+        elif shape != (expected := (sum(rows), *wanted[ours[0]].shape[1:])):
+            trouble["wrong shape"].append(f"{name} {shape} instead of {expected}")
+        elif kind not in STORED_DTYPES:
+            trouble["wrong dtype"].append(f"{name} {kind}")
+        else:
+            pieces = split_rows(part[:].to(device, dtype), rows, language.kv_heads, language.decoder)
+            tensors |= zip(ours, pieces)
+            stored |= dict.fromkeys(ours, STORED_DTYPES[kind])
+        files[plain] = path.name
+    trouble["missing"] = sorted(holds.keys() - files.keys())
     listed = [f"{len(found)} {kind} ({', '.join(found[:3] + ['...'] * (len(found) > 3))})"
               for kind, found in trouble.items() if found]
     if listed:
-        raise InputError(f"{path}: not the weights that its config.json describes: {'; '.join(listed)}; "
-                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}")
-    return tensors, stored
+        raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
+                         f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}")
+    return tensors, stored, {} if adapters else files, adapters
+
+
+def tensors_of(paths):
+    """Yield (path, name, slice of the tensor) of safetensors files; each is opened once. Raises InputError."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield path, name, file.get_slice(name)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: not found; a model folder holds its weights in {WEIGHTS}, or in files named by "
+                             f"{INDEX}") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
 
 
 def load_checkpoint(path, model):
@@ -223,15 +296,58 @@ def checksum(names, tensor_of, state):
 def save(model, folder):
     """Write a model folder. See `InternVL.save_pretrained`."""
     from model.lora import merged
-    folder = Path(folder)
-    tensors = {official_name(name): tensor.to("cpu", model.stored_dtypes[name]).contiguous()
-               for name, tensor in merged(model)}
+    folder, language = Path(folder), model.config.language
+
+    def stored(ours):
+        return join_rows([merged(model, one).to("cpu", model.stored_dtypes[one]) for one in ours],
+                         language.kv_heads, language.decoder)
+
+    holds = file_names((name for name in model.state_dict() if ".adapter." not in name), language.decoder)
+    sizes = {name: sum(model.get_parameter(one).numel() * model.stored_dtypes[one].itemsize for one in ours)
+             for name, ours in holds.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
-        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        set_merged(folder / CONFIG)
+        write_weights(folder, model.files or shard(sizes), sizes, lambda name: stored(holds[name]))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error
+
+
+def set_merged(path):
+    """Note in the config.json of a folder that the official LoRA script left that its adapters are merged now."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("use_llm_lora") or config.get("use_backbone_lora"):
+        write_text(path, json.dumps(config | {"use_llm_lora": 0, "use_backbone_lora": 0}, indent=2) + "\n")
+
+
+def shard(sizes, most=SHARD_BYTES):
+    """{name: bytes}, in the order of the official class -> {name: file}: a new one begins where one would grow too big.
+
+    Source: `shard_checkpoint` of transformers 4.37, which wrote the published files.
+    """
+    numbers, filled = {}, math.inf
+    for name, size in sizes.items():
+        begins = filled + size > most
+        numbers[name] = len(set(numbers.values())) + begins
+        filled = size if begins else filled + size
+    total = max(numbers.values())
+    return {name: WEIGHTS if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+            for name, number in numbers.items()}
+
+
+def write_weights(folder, files, sizes, tensor_of):
+    """Write tensors into the files of {name: file}, one file after another, and their index if there are several."""
+    for file in dict.fromkeys(files.values()):
+        tensors = {name: tensor_of(name).contiguous() for name in files if files[name] == file}
+        write_tensors(folder / file, tensors, {"format": "pt"})
+    one = set(files.values()) == {WEIGHTS}
+    for old in [INDEX, *(path.name for path in folder.glob(SHARDS))] if one else [WEIGHTS]:
+        if old not in files.values():
+            (folder / old).unlink(missing_ok=True)
+    if not one:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def copy_files(model, folder, patterns):

@@ -50,7 +50,7 @@ def test_transformers_names_are_those_of_the_reference():
 def test_every_row_has_three_names_of_its_own():
     for column in range(3):
         names = [f"{part[column]}.{row[column]}" for part, *rows in NAMES for row in rows]
-        assert len(set(names)) == len(names) == 26
+        assert len(set(names)) == len(names) == 30
 
 
 def test_fusing_undoes_splitting():

@@ -19,7 +19,7 @@ from model.errors import InputError
 from model.tokenizer import special_id
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-SYSTEM_25 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+SYSTEM_25 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
 # after DocumentVQA's questions, as in its official evaluation
 INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"

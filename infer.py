@@ -16,6 +16,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
@@ -126,12 +128,15 @@ def conflicts(flags):
 # ------------------------------------------------------------------------------------------------ the model, a question
 
 def load_model(arguments):
-    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    late = arguments.int8 and device.startswith("cuda")         # only the small weights need to fit into the GPU
+    dtype = arguments.dtype or ("bfloat16" if late else None)
+    model = InternVL.from_pretrained(arguments.model, "cpu" if late else device, dtype)
     if arguments.system is not None:
         model.config = replace(model.config, template=replace(model.config.template, system=arguments.system))
     if arguments.int8:
         from extras.int8 import to_int8
-        to_int8(model)
+        to_int8(model).to(device)
     return model
 
 

@@ -172,15 +172,21 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
 
 
 def check_size(model, folder, device, dtype):
-    """Raise InputError for a model that is larger than the memory of its device (unknown for a CPU under Windows)."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    needed, where = count * dtype.itemsize, "this machine" if device.type == "cpu" else "this GPU"
-    held = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed)
+    """Raise InputError for a model that is larger than the memory of its device."""
+    needed, held = sum(p.numel() for p in model.parameters()) * dtype.itemsize, device_memory(device)
     if needed > held:
-        half = f"--dtype bfloat16 (half of it), {'--int8 on a CPU, ' * (device.type != 'cpu')}" * (dtype.itemsize > 2)
-        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, {where} has "
-                         f"{held / 1e9:,.0f} GB of memory; take {half}a smaller model, or a larger machine")
+        half = "--dtype bfloat16 (half of it), " * (dtype.itemsize > 2)
+        quarter = "--int8 of infer.py (half of it), --device cpu, " * (device.type != "cpu")
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this "
+                         f"{'machine' if device.type == 'cpu' else 'GPU'} has {held / 1e9:,.0f} GB of memory; take "
+                         f"{half}{quarter}a smaller model or a larger machine")
+
+
+def device_memory(device):
+    """The memory of a device, or of the machine, in bytes; infinite where it is unknown (a CPU under Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 def weight_files(folder):

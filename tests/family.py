@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from reference import randomise
 from safetensors.torch import load_file
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from model import InternVL, checkpoint
 from model.checkpoint import TINY

@@ -441,8 +441,8 @@ def official_sample(tokenizer, template, system, turns, tiles, beginning, swallo
 def test_200_random_conversations_equal_the_official_rule(name, template):
     from types import SimpleNamespace
 
-    from model.checkpoint import TINY
     from data import Page, PageDataset
+    from model.checkpoint import TINY
     tokenizer, draw = load_tokenizer(TINY if name == "tiny" else VOCABULARIES / name), random.Random(0)
     beginning = {"internlm2": ["<s>"], "phi3": ["<s>", "▁"]}.get(name, [])
     beginning = tokenizer.convert_tokens_to_ids(beginning) if beginning else []

@@ -32,9 +32,8 @@ from model.images import compressed, image_size, load_image
 from model.prompt import IGNORE_INDEX, INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, tile_page
 
-COLUMNS = ("image", "question", "answers")              # columns that rows must have,
-PAGE_COLUMNS = ("docId", "ucsf_document_page_no")       # columns that tell pages apart, if present,
-NAME_COLUMNS = ("questionId", "question_types")         # and columns that predictions and scores use
+COLUMNS = ("image", "question", "answers")              # columns that rows must have; pages and scores use the others
+ROW_COLUMNS = (*COLUMNS, "docId", "ucsf_document_page_no", "questionId", "question_types")
 FIRST_BLOCK = 512                       # rows of the first block at most, so that the first step does not wait long
 MOST_QUESTIONS, MOST_CHARACTERS = 64, 16_384    # of one page: attention among its questions grows with their square
 AT_START, MID_RUN = 7, 600              # seconds without the network before giving up: at the start, in mid-run
@@ -43,12 +42,14 @@ LONGEST_PAUSE = 60                      # seconds between two tries
 
 # ------------------------------------------------------------------------------------------------------------- rows
 
-def open_hub_rows(data, split):
+def open_hub_rows(data, split, columns=None):
     """The rows of a data set in the Hub's layout: on the Hub (`owner/name`, `owner/name:config`) or in a local folder.
 
-    Returns an iterable of dicts with DocumentVQA's columns, images not decoded. Raises InputError.
+    `columns`: 'question=query,image=img' if its columns do not have DocumentVQA's names. Returns an iterable of dicts
+    with those names, images not decoded. Raises InputError.
     """
     name, config = hub_name(data)
+    names = {column: column for column in ROW_COLUMNS} | dict(re.findall("([^,=]+)=([^,]+)", columns or ""))
     try:
         import datasets
     except ImportError as error:
@@ -60,10 +61,11 @@ def open_hub_rows(data, split):
         except datasets.exceptions.DatasetNotFoundError as error:
             raise InputError(f"{data}: neither a local folder nor a data set on the Hub; check --data") from error
         rows = retry(lambda: builder.as_streaming_dataset(split=split))
-    check_columns(data, rows.column_names or [])
+    check_columns(data, rows.column_names or [], names)
     if builder.name == "parquet":
-        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]])
-    return rows.cast_column("image", datasets.Image(decode=False))
+        return ParquetRows(data, [str(file) for file in builder.config.data_files[split]], names)
+    rows = rows.cast_column(names["image"], datasets.Image(decode=False))
+    return rows.map(rename, remove_columns=rows.column_names, fn_kwargs={"names": names})
 
 
 @contextlib.contextmanager
@@ -83,11 +85,16 @@ def reading(source, what, advice):
         raise InputError(f"{source}: cannot read {what} ({error}); {advice}") from error
 
 
-def check_columns(source, columns):
-    missing = [column for column in COLUMNS if column not in columns]
+def check_columns(source, found, names):
+    missing = [name for column, name in names.items() if name not in found and (column in COLUMNS or name != column)]
     if missing:
-        raise InputError(f"{source}: no column {', '.join(missing)} (found: {', '.join(columns)}); "
-                         "expected DocumentVQA's columns")
+        raise InputError(f"{source}: no column {', '.join(missing)} (found: {', '.join(found)}); name the right ones "
+                         "with --columns question=...,answers=...,image=...")
+
+
+def rename(row, names):
+    """A row with DocumentVQA's names for its columns; the other columns are dropped."""
+    return {column: row[name] for column, name in names.items() if name in row}
 
 
 def hub_name(data):
@@ -107,8 +114,8 @@ class ParquetRows:
     When the network fails in the middle, the same row is tried again; raises InputError after MID_RUN seconds.
     """
 
-    def __init__(self, data, files):
-        self.data, self.files = data, files
+    def __init__(self, data, files, names):
+        self.data, self.files, self.names = data, files, names
         self.sizes = {}                                         # file -> its number of rows, where known
 
     def __iter__(self):
@@ -142,8 +149,8 @@ class ParquetRows:
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
                     if first + size > start:
-                        batches = parquet.iter_batches(64, [group], [*COLUMNS, *PAGE_COLUMNS, *NAME_COLUMNS])
-                        rows = (row for batch in batches for row in batch.to_pylist())
+                        batches = parquet.iter_batches(64, [group], [*{*self.names.values()}])
+                        rows = (rename(row, self.names) for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
 
@@ -151,7 +158,7 @@ class ParquetRows:
         import fsspec
         from pyarrow import parquet
         opened = parquet.ParquetFile(fsspec.open(file).open())
-        check_columns(file, opened.schema_arrow.names)
+        check_columns(file, opened.schema_arrow.names, self.names)
         self.sizes[file] = opened.metadata.num_rows
         return opened
 
@@ -217,6 +224,7 @@ class Page:
     cut: bool = field(default=False, compare=False)             # another part of the page came before
     epoch: int = 0
     resume: tuple = (0, 0, 0)                                   # (epoch, block, pages of it done) after this page
+    instruction: str = ""                                       # added to each of its questions
     system: str | None = None                                   # as in `write_page`
     history: list = field(default_factory=list)
     question_start: str | None = None
@@ -225,14 +233,14 @@ class Page:
 
     @property
     def full(self):
-        return len(self.questions) >= MOST_QUESTIONS or sum(map(len, self.questions)) >= MOST_CHARACTERS
+        return len(self.questions) >= MOST_QUESTIONS or len(self.instruction.join(self.questions)) >= MOST_CHARACTERS
 
 
-def group_rows_into_pages(rows, answered=True):
+def group_rows_into_pages(rows, answered=True, instruction=None):
     """Gather the rows of each page -> list of Pages, in the order of their first rows.
 
     A page with more questions than one row of tokens can hold becomes several, marked as `cut`. `answered`: leave out
-    questions without an answer.
+    questions without an answer. `instruction`: added to every question; None: that of the row, else INSTRUCTION.
 
     >>> [page.questions for page in group_rows_into_pages([row("a", 1), row("b", 2), row("a", 3)])]
     [[1, 3], [2]]
@@ -241,7 +249,7 @@ def group_rows_into_pages(rows, answered=True):
     for row in rows:
         key = page_key(row)
         if key not in latest or latest[key].full:
-            pages.append(open_page(row, key))
+            pages.append(open_page(row, key, instruction))
             pages[-1].cut = key in latest
             latest[key] = pages[-1]
         add_row(latest[key], row, answered)
@@ -263,7 +271,7 @@ def page_key(row):
 
 
 def image_bytes(row):
-    """The image file of a row; empty, so that the page is named and skipped, where there is none."""
+    """The image file of a row; empty, so that the page is reported and skipped, where there is none."""
     image = row["image"] if isinstance(row["image"], dict) else {"bytes": row["image"], "path": row["image"]}
     content, path = image.get("bytes"), image.get("path")
     if hasattr(content, "__bytes__"):
@@ -271,12 +279,13 @@ def image_bytes(row):
     return Path(path).read_bytes() if isinstance(path, str) and Path(path).is_file() else b""
 
 
-def open_page(row, key):
+def open_page(row, key, instruction):
     """A Page for a row, still without its questions."""
+    instruction = row.get("instruction", INSTRUCTION) if instruction is None else instruction
     if "turns" not in row:
-        return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key))
+        return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key), instruction=instruction)
     more = {name: row[name] for name in ("system", "history", "question_start", "max_tiles", "augment") if name in row}
-    return Page(row["place"], list(row["images"]), key=hash(key), **more)
+    return Page(row["place"], list(row["images"]), key=hash(key), instruction=instruction, **more)
 
 
 def add_row(page, row, answered):
@@ -286,7 +295,7 @@ def add_row(page, row, answered):
         turns, accepted, place = row["turns"], row["accepted"], row["place"]
     else:
         accepted, place = accepted_answers(page, row), f"{page.name}/{page.rows}"
-        turns = [(plain(row["question"] or "") + ("" if row.get("as_written") else INSTRUCTION), (accepted or [""])[0])]
+        turns = [(plain(row["question"] or ""), (accepted or [""])[0])]
         page.unanswered += not accepted
         if answered and not accepted:
             return
@@ -319,12 +328,12 @@ def plain(text):
 
 # ----------------------------------------------------------------------------------------------------------- stream
 
-def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, answered=True):
+def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0, 0, 0), group=None, **more):
     """Yield lists of pages, one block of rows after another: gathered, then shuffled within the block.
 
     `epochs`: None for no end. `start`: (epoch, block, pages of it done), the `resume` of the last page that was used;
-    no row before that block is read. `group`: (size, count) of `group_by_length`. A page that is cut by the edge of a
-    block becomes two. Raises InputError for rows that cannot be read, or none at all.
+    no row before that block is read. `group`: (size, count) of `group_by_length`. `more`: of `group_rows_into_pages`.
+    A page that is cut by the edge of a block becomes two. Raises InputError for rows that cannot be read, or none.
     """
     epoch, block, done = start
     placed = -done                      # pages before this block; only the remainder by a micro-batch's size matters
@@ -334,7 +343,7 @@ def page_blocks(rows, epochs=1, seed=0, shuffle=True, block_rows=2048, start=(0,
         try:
             for block, block_of_rows in itertools.groupby(numbered(rows, begin),
                                                           lambda row: max(0, (row[0] - first) // block_rows + 1)):
-                pages = group_rows_into_pages((row for _, row in block_of_rows), answered)
+                pages = group_rows_into_pages((row for _, row in block_of_rows), **more)
                 for page in pages:
                     page.cut, page.epoch = page.cut or page.key in before, epoch
                 before, draw = {page.key for page in pages}, random.Random(f"{seed} {epoch} {block}")
@@ -457,13 +466,13 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        tidy = str.strip if self.config.template.strip and asked is None else str
-        branches = [[(tidy(page.questions[i]), tidy(page.answers[i]) if asked is None or i != chain[-1] else None)
-                     for i in chain] for chain in chains]
+        tidy, asked = str.strip if self.config.template.strip and asked is None else str, asked is not None
+        branches = [[(tidy(page.questions[i] + page.instruction),
+                      None if asked and i == chain[-1] else tidy(page.answers[i])) for i in chain] for chain in chains]
+        history = [(question + page.instruction, answer) for question, answer in page.history]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, page.history, page.question_start,
-                                      self.config.template)
-        return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
+                                      self.max_length, page.system, history, page.question_start, self.config.template)
+        return prompt, [i for n in left_out for i in (chains[n][-1:] if asked else chains[n])]
 
     def size(self, page):
         """About how many tokens a page has, from the headers of its images, four bytes of text to a token."""
@@ -472,7 +481,7 @@ class PageDataset(Dataset):
             pixels = image_size(image)
             columns, rows = choose_grid(*pixels, most, self.config.vision.tile_pixels) if pixels else (most, 1)
             tiles += columns * rows + (self.config.thumbnail and columns * rows > 1)
-        text = sum(len(text.encode()) for text in page.questions + page.answers)
+        text = sum(len(text.encode()) for text in (page.instruction.join([*page.questions, ""]), *page.answers))
         return tiles * self.config.tokens_per_tile + text // 4
 
 

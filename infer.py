@@ -1,4 +1,4 @@
-"""What does the model answer about my page?
+"""Ask InternVL2 about a page.
 
     python infer.py --model runs/my-run --image receipt.png "What is the total amount?"
     python infer.py --image a.png --image b.png "What differs between the two pages?"
@@ -10,7 +10,7 @@
     python infer.py --evaluate DATA --predictions predictions.json           a whole split, with its scores
 
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
-belongs; without any, the images come first, one to a line.
+belongs; without any, the images come first, one per line.
 """
 import json
 from dataclasses import replace
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from extras.cli import ANSWER_SETTINGS, OneLineParser, float_in, int_in, run
+from extras.cli import ANSWER_SETTINGS, OneLineParser, add_row_flags, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
+from model.checkpoint import settings_of
 from model.tokenizer import clean
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -35,10 +36,12 @@ def parse_arguments():
     arguments, more = parser.parse_known_args()
     if arguments.tiny:
         parser.set_defaults(model="tiny", device="cpu")
-        arguments, more = parser.parse_known_args()
+    if arguments.evaluate:                                              # as the run does, unless they are typed
+        parser.set_defaults(**{name: settings_of(arguments.model).get(name) for name in ("instruction", "columns")})
+    arguments, more = parser.parse_known_args()
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-")
-                     else "one QUESTION; quote it, or use --questions FILE")
+                     else "give one QUESTION, in quotes, or use --questions FILE")
     for wrong, message in conflicts(arguments):
         if wrong:
             parser.error(message)
@@ -53,53 +56,52 @@ def add_input_flags(group):
     group.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
-    group.add_argument("--video", metavar="PATH", help="a film (needs the package av), or an animated GIF, WebP or PNG")
+    group.add_argument("--video", metavar="PATH", help="a video (needs the package av), or an animated GIF, WebP, PNG")
     group.add_argument("--frames", type=int_in(1), default=8, help="frames of the video, one tile each (%(default)s)")
-    group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar="SECOND", help="part of the video (all of it)")
+    group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar=("FROM", "TO"), help="seconds to show (all)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
 
 def add_mode_flags(group):
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--questions", metavar="FILE.jsonl",
-                       help='answer many: {"question": ..., "images": [...]} per line; a question that cannot be '
-                       'answered gets an "error" instead')
+                       help='answer many: {"question": ..., "images": [...]} per line; one that fails gets an "error"')
     modes.add_argument("--folder", metavar="DIR", help="ask QUESTION about every image and PDF in a folder")
     modes.add_argument("--evaluate", metavar="DATA",
                        help="answer and score a whole split: Hub id, local folder in Hub layout, or file")
-    modes.add_argument("--web", action="store_true", help="the chat in a browser, for this machine alone")
+    modes.add_argument("--web", action="store_true", help="chat in a browser, on this machine only")
     modes.add_argument("--explain", metavar="FILE.html",
-                       help="write what happens to the image and the question, step by step, as a page for the browser")
+                       help="follow the image and the question through the model, step by step, on one HTML page")
 
 
 def add_file_flags(group):
     group.add_argument("--out", metavar="FILE.jsonl",
-                       help="append the answers of --questions or --folder to a file; what it answers is skipped")
-    group.add_argument("--split", help="of --evaluate (validation; of a file: all of it)")
+                       help="append the answers of --questions or --folder to a file; skip what it answers already")
+    group.add_argument("--split", help="split for --evaluate (validation; of a file, everything)")
+    add_row_flags(group.add_argument)
     group.add_argument("--predictions", metavar="FILE.json",
-                       help="answers of --evaluate in the challenge's format; what it answers is skipped")
+                       help="write the answers of --evaluate in DocVQA's format; skip what it answers already")
     group.add_argument("--batch", type=int_in(1), default=1, help="pages answered at once (%(default)s)")
 
 
 def add_answer_flags(group):
     group.add_argument("--system", metavar="TEXT", type=clean, help="text of the system turn (the model's own)")
     for name, default, text in (
-            ("max_tiles", 12, "tiles an image may be cut into, thumbnail not counted"),
-            ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: always the likeliest token"),
-            ("top_p", 1.0, "draw from the likeliest tokens of this probability"), ("seed", 0, "of drawn tokens")):
+            ("max_tiles", 12, "most tiles per image, thumbnail not counted"),
+            ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
+            ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
                            help=f"{text} (%(default)s)")
-    group.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and timings")
-    group.add_argument("--show", metavar="FILE.png", help="draw the first image as it is cut into tiles")
-    group.add_argument("--attend", metavar="FILE.png", help="draw where the answer's tokens look on the images")
+    group.add_argument("--json", action="store_true", help="print a JSON object: the answer, its tokens, timings")
+    group.add_argument("--show", metavar="FILE.png", help="draw the tiles of the first image")
+    group.add_argument("--attend", metavar="FILE.png", help="draw where the answer looked on the images")
 
 
 def add_machine_flags(group):
     group.add_argument("--device", help="cuda, cpu, ... (a GPU if there is one)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
-    group.add_argument("--int8", action="store_true",
-                       help="one byte per weight: least memory, faster with bfloat16 on a CPU")
-    group.add_argument("--port", type=int_in(0, 65535), default=7860, help="of --web; 0: a free one (%(default)s)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights (bfloat16 on a GPU, else float32)")
+    group.add_argument("--int8", action="store_true", help="8-bit weights: least memory, faster with bfloat16 on a CPU")
+    group.add_argument("--port", type=int_in(0, 65535), default=7860, help="for --web; 0: any free port (%(default)s)")
 
 
 def conflicts(flags):
@@ -114,12 +116,12 @@ def conflicts(flags):
          "--folder asks one QUESTION about the images in a folder; give one, and no --image or --video"),
         (flags.explain and not (asked and len(flags.image) == 1), "--explain is for a QUESTION about one --image"),
         (flags.explain and (drawn or flags.json or flags.video or flags.temperature),
-         "--explain follows one likeliest answer; give no --show, --attend, --json, --video or --temperature"),
+         "--explain follows the most likely answer; give no --show, --attend, --json, --video or --temperature"),
         (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
         (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
-        ((flags.predictions or flags.split) and not flags.evaluate,
-         "--predictions and --split belong to --evaluate DATA"),
+        (not flags.evaluate and {flags.predictions, flags.split, flags.instruction, flags.columns} != {None},
+         "--predictions, --split, --instruction and --columns belong to --evaluate DATA"),
         *((not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path).parent}; make it first")
           for path in (flags.out, flags.predictions) if path),
     )
@@ -187,9 +189,11 @@ def evaluate(arguments):
     if is_synthetic(arguments.evaluate):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
-    rows = open_rows(arguments.evaluate, arguments.split or "validation", hold_out=bool(arguments.split))
+    rows = open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain", bool(arguments.split),
+                     arguments.columns)
     model = load_model(arguments)
-    made_with = {name: getattr(arguments, name) for name in ("model", "evaluate", "split", *ANSWER_SETTINGS, "int8")}
+    made_with = {name: getattr(arguments, name)
+                 for name in ("model", "evaluate", "split", "instruction", "columns", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
     answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
                                    arguments.batch, arguments.allow_private)

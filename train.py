@@ -1,11 +1,11 @@
-"""How does the loss go down? Fine-tune InternVL2's projector on the questions people asked about scanned documents.
+"""Fine-tune InternVL2's projector on questions about scanned documents.
 
     python train.py                                 InternVL2-1B on DocumentVQA, both from the Hub, one GPU
     python train.py --tiny                          the same code on a small model and drawn pages: offline, on a CPU
     python train.py --model FOLDER --data FOLDER    local files in the Hub's layout
 
-Vision encoder and language model are frozen. A step is one optimizer update on batch-pages x accumulate pages; its
-loss is the sum of the answer tokens' negative log-likelihood over the whole step, divided by their number.
+By default only the projector is trainable. A step is one optimizer update on batch-pages x accumulate pages; its loss
+is the mean of -log(probability) over all answer tokens of these pages.
 """
 import itertools
 import math
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
-from extras.cli import OneLineParser, add_switch, float_in, int_in, names_in, run
+from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
@@ -54,24 +54,24 @@ def add_data_flags(parser):
          "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
          "20, which is then not trained on)")
+    add_row_flags(flag)
     flag("--domain", default="plain", help="look of synthetic pages, comma-separated (%(default)s)")
     flag("--train", type=part_names, default="projector",
          help="trainable parts, comma-separated: projector, lora, llm, vision, or all but lora (%(default)s)")
     flag("--recipe", choices=recipes.RECIPES, help="set flags as a published recipe does; typed flags win")
-    flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles of a page, thumbnail not counted (%(default)s)")
+    flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles per page, thumbnail not counted (%(default)s)")
     flag("--max-length", type=int_in(1), default=8192,
-         help="tokens of a question with its page; longer questions are skipped (%(default)s)")
-    add_switch(group, "--shuffle", "pages in seeded order, or in file order", default=True)
-    add_switch(group, "--allow-private", "fetch images from addresses of a private network too")
+         help="most tokens of a page with one question; longer questions are skipped (%(default)s)")
+    add_switch(group, "--shuffle", "shuffle the pages, or keep the order of the file", default=True)
+    add_switch(group, "--allow-private", "fetch images from private networks too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block: gathered into pages, shuffled together, "
-         "and read again by a resumed run (%(default)s)")
+    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block, the unit of shuffling (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
     flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
-    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapter scale x rank (%(default)s)")
+    flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapters are scaled by alpha/rank (%(default)s)")
     flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
     flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
          help="layers with an adapter, comma-separated: " + ", ".join(TARGETS) + " (%(default)s)")
@@ -90,8 +90,7 @@ def add_optimizer_flags(parser):
     flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
          help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)}; from 14B on at most 2e-5)")
     flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="AdamW beta2 (%(default)s)")
-    flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine",
-         help="decay after the warmup (%(default)s)")
+    flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="after warmup (%(default)s)")
     flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run for the warmup (%(default)s)")
     flag("--weight-decay", type=float_in(0, 1000), help="of matrices, not biases or norms (0.01; 0.05 from 8B on)")
     flag("--clip", type=float_in(0, 1e9), default=1.0, help="largest gradient norm; 0: no clipping (%(default)s)")
@@ -102,10 +101,10 @@ def add_file_flags(parser):
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
     flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
     flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
-    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, beside the best one (%(default)s)")
+    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, besides the best (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
-    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model as a model folder, adapters merged")
+    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model to a folder, LoRA merged")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
          help="layout of the exported folder; native is the old name of transformers (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
@@ -116,12 +115,12 @@ def add_machine_flags(parser):
     flag = group.add_argument
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
     flag("--dtype", choices=("float32", "bfloat16"),
-         help="of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    flag("--seed", type=int_in(0), default=0, help="of the order of pages and of random weights (%(default)s)")
+         help="dtype of frozen weights and activations (bfloat16 on a GPU, else float32)")
+    flag("--seed", type=int_in(0), default=0, help="seed of the page order and of random weights (%(default)s)")
     flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
     add_switch(group, "--checkpoint-activations",
-               "keep only each block's input and run it again in the backward pass: less memory, a third more work")
+               "recompute each block in the backward pass: less memory, a third more work")
     add_switch(group, "--compile", "compile the blocks with torch.compile")
 
 
@@ -148,7 +147,7 @@ def parse_args():
     if args.resume:
         refuse_another_run(parser, args, kept)
     rates, args.weight_decay = recipes.of_model(args)
-    args.lr = choose_rates(parser, args, rates)
+    args.lr = choose_rates(parser, args, rates_of(kept["lr"]) if args.resume and "lr" in kept else rates)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -173,12 +172,12 @@ def learning_rates(text):
 
 
 def choose_rates(parser, args, rates):
-    """The peak learning rate: a number or, where the parts differ in it, text like 'projector=1e-3,lora=1e-4'."""
+    """--lr as a number, or where parts differ as 'projector=1e-3,lora=1e-4'; `rates`: of the parts without one."""
     if isinstance(args.lr, float):
         return args.lr
     trained, typed = args.train.split(","), args.lr or {}
     if not typed.keys() <= set(trained):
-        parser.error(f"--lr: a rate for {', '.join(typed)}, but --train {args.train}")
+        parser.error(f"--lr gives a rate for {', '.join(typed)}, but --train is {args.train}")
     rates = rates | typed
     if len({rates[part] for part in trained}) == 1:
         return rates[trained[0]]
@@ -187,15 +186,15 @@ def choose_rates(parser, args, rates):
 
 def refuse_another_run(parser, args, kept):
     """A resumed run stays in its folder, trains the same parts, and sees its pages in the order it began with."""
-    advice = f"; to change that, begin a run with --model {args.resume}"
+    advice = f"; to change it, begin a new run with --model {args.resume}"
     if args.out != args.resume:
         parser.error(f"--out {args.out}: --resume continues in its own folder" + advice)
-    for key in (*FIXED, *(("batch_pages", "max_tiles") if args.group_by_length else ())):
+    for key in (*FIXED, *(("batch_pages", "max_tiles", "instruction") if args.group_by_length else ())):
         if getattr(args, key) != kept.get(key, getattr(args, key)):
-            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: not what the run trains with" + advice)
+            parser.error(f"--{key.replace('_', '-')} {getattr(args, key)}: the run began with another value" + advice)
     if holds_out(vars(args)) != holds_out(kept) and any(Path(name).is_file() for name, _ in named_parts(args.data)):
-        parser.error("--eval-every or --eval-data: pages of the file that were held out would be trained on, or the "
-                     "reverse" + advice)
+        parser.error("--eval-every or --eval-data: the run would train on pages that it held out for validation, or "
+                     "the reverse" + advice)
 
 
 def holds_out(settings):
@@ -207,10 +206,8 @@ def holds_out(settings):
 
 def load_model(args):
     """The model with its parts frozen or trainable."""
-    if args.from_scratch:
-        model = InternVL.from_scratch(args.model, args.seed, args.device, args.dtype)
-    else:
-        model = InternVL.from_pretrained(args.model, args.device, args.dtype)
+    model = (InternVL.from_scratch(args.model, args.seed, args.device, args.dtype) if args.from_scratch
+             else InternVL.from_pretrained(args.model, args.device, args.dtype))
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -237,10 +234,10 @@ def choose_parts(model, train):
             parameter.requires_grad_(True)
 
 
-def peak_lr(args, part):
-    """The peak learning rate of a part; `args.lr` is a number or text like 'projector=1e-3,lora=1e-4'."""
-    rates = learning_rates(str(args.lr))
-    return rates[part] if isinstance(rates, dict) else rates
+def rates_of(lr):
+    """{part: peak learning rate}. `lr`: a number or text like 'projector=1e-3,lora=1e-4'."""
+    rates = learning_rates(str(lr))
+    return rates if isinstance(rates, dict) else dict.fromkeys(PARTS, rates)
 
 
 def make_optimizer(model, args):
@@ -249,7 +246,7 @@ def make_optimizer(model, args):
     for part, parameters in part_parameters(model).items():
         for matrices, decay in ((True, args.weight_decay), (False, 0.0)):
             if group := [p for p in parameters if p.requires_grad and (p.ndim > 1) == matrices]:
-                rate = peak_lr(args, part)
+                rate = rates_of(args.lr)[part]
                 groups.append({"params": group, "weight_decay": decay, "lr": rate, "peak_lr": rate})
     return torch.optim.AdamW(groups, betas=(0.9, args.beta2), eps=1e-8, fused=args.device.startswith("cuda"))
 
@@ -266,8 +263,7 @@ def print_run(args, model):
     """The first lines of a run: the model, the data, what is trainable, and the memory of a step."""
     if args.recipe and not args.resume:
         source, sets = recipes.RECIPES[args.recipe]
-        flags = " ".join(f"--{key.replace('_', '-')}" + ("" if value is True else f" {value}")
-                         for key, value in sets.items() if getattr(args, key) == value)     # not those typed otherwise
+        flags = " ".join(as_flag(*flag) for flag in sets.items() if getattr(args, flag[0]) == flag[1])  # not typed ones
         print(f"recipe {args.recipe} ({source}) sets {flags}")
     print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {args.out}/settings.json")
     print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
@@ -275,7 +271,7 @@ def print_run(args, model):
         trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
         if parameters:
             print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'trainable' if trainable else 'frozen':<9} "
-                  f"{'/'.join(dtypes):<9} {peak_lr(args, part) if trainable else '-'}")
+                  f"{'/'.join(dtypes):<9} {rates_of(args.lr)[part] if trainable else '-'}")
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
@@ -306,20 +302,21 @@ def training_steps(loader, skips, args):
 def open_data(args, model, state, skips):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
     hold_out = holds_out(vars(args))
-    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out)
+    rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
     dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
     if args.eval_every:
-        held_out = open_rows(args.eval_data or args.data, "validation", domains=args.domain, hold_out=hold_out)
-        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK)
+        held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
+        blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
-    print(f"reading {args.data}: epoch {state['epoch']}, block {state['block']} of {args.look_ahead:,} rows "
-          f"(the first block: {min(FIRST_BLOCK, args.look_ahead):,})")
+    print(f"reading {args.data} from epoch {state['epoch']}, block {state['block']} "
+          f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
-                         (dataset.size, args.batch_pages) if args.group_by_length else None)
+                         (dataset.size, args.batch_pages) if args.group_by_length else None,
+                         instruction=args.instruction)
     loader = load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda"))
     return pages, validation, training_steps(loader, skips, args), all_rows
 
@@ -330,7 +327,7 @@ def open_data(args, model, state, skips):
 def evaluate(model, examples):
     """Validate on some examples -> (measures, answers).
 
-    measures: val_loss, the mean negative log-likelihood of all answer tokens in nats; exact_match and anls of the
+    measures: val_loss, the mean of -log(probability) over all answer tokens; exact_match and anls of the
     greedy answers, 0 to 1. answers: one dict per question.
     """
     from extras.evaluate import answer_batch
@@ -367,7 +364,7 @@ def check_step(step, loss, norm, examples, trained, args):
         raise InputError(f"step {step}: loss {loss}, gradient norm {norm}; stopped before the update; pages "
                          f"{', '.join(example.page.name for example in examples)}; look at them, or lower --lr")
     if all(p.grad is None for p in trained):
-        warn(f"step {step}: no page has an image, so there is nothing that --train {args.train} can learn")
+        warn(f"step {step}: no page has an image, so --train {args.train} has no gradient")
 
 
 def train(args, run, model, optimizer, data, bar, stop):
@@ -433,6 +430,8 @@ def main():
         from extras.export import export
         return export(*args.export, args.format, args.push_to_hub)
     run = RunFolder(args)
+    if all(Path(name).is_file() for name, _ in named_parts(args.data)):
+        open_rows(args.data, "train")                       # a malformed row is refused before a model is loaded
     model = load_model(args)
     print_run(args, model)
     optimizer = make_optimizer(model, args)
@@ -447,10 +446,8 @@ def main():
             raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)
-    print(f"{step} steps, {run.state['questions']} questions; {skips}; "
-          f"most memory of the process: {peak_gb(args.device):.2f} GB")
-    if skips.cut:
-        print(f"{skips.cut} pages since this start are the second part of a page that the edge of a block cut in two")
+    print(f"{count(step, 'step')}, {count(run.state['questions'], 'question')}; {skips}; "
+          f"peak memory: {peak_gb(args.device):.2f} GB")
     print(next_steps(run.path))
 
 

@@ -1,16 +1,17 @@
 """How is a conversation held at a terminal? Answers go to standard output as they come, all else to standard error.
 
 A line is a /command, a do_ method below, or a question; the conversation itself is in model/chat.py.
-Without a terminal: one question per line from standard input, one answer per line; an error ends the program.
+Without a terminal: one question per line from standard input, one answer per line; after an error comes the next line.
 """
 import argparse
 import cmd
 import contextlib
+import itertools
 import json
 import re
 import sys
 
-from extras.cli import ANSWER_SETTINGS
+from extras.cli import ANSWER_SETTINGS, count
 from extras.video import load_images, read_video
 from model.checkpoint import TINY
 from model.errors import InputError
@@ -38,16 +39,18 @@ class ChatShell(cmd.Cmd):
     def __init__(self, chat, allow_private=False, as_json=False):
         super().__init__(completekey=None, stdout=sys.stderr)       # of cmd's prompt
         self.chat, self.allow_private, self.as_json = chat, allow_private, as_json
-        self.typed, self.use_rawinput = sys.stdin.isatty(), sys.stdout.isatty()
+        self.typed, self.use_rawinput, self.failed = sys.stdin.isatty(), sys.stdout.isatty(), 0
 
     def run(self):
-        """Raises InputError for a line that cannot be obeyed or answered, unless a person reads it at a terminal."""
+        """Raises InputError at the end if a line could not be used, unless a person typed it at a terminal."""
         if not self.typed:
             any(self.onecmd(line) for line in sys.stdin)            # until a command returns True
+            if self.failed:
+                raise InputError(f"{count(self.failed, 'line')} of standard input could not be used; see above")
             return
         with contextlib.suppress(ImportError):                      # Windows terminals have a history of their own
             import readline  # noqa: F401 - input() then has arrow keys and a history
-        log(f"{images_waiting(self.chat)}Ask; /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+        log(f"{images_waiting(self.chat)}Ask a question; /help lists commands, Ctrl-C stops an answer, Ctrl-D ends.")
         while True:
             try:
                 return self.cmdloop()
@@ -58,8 +61,9 @@ class ChatShell(cmd.Cmd):
         try:
             return super().onecmd(clean(line.strip()))
         except (InputError, KeyboardInterrupt) as error:
-            if not self.typed:
+            if isinstance(error, KeyboardInterrupt) and not self.typed:
                 raise
+            self.failed += 1
             log(" ".join(str(error).split()) or "\n(stopped)")
 
     def parseline(self, line):
@@ -90,11 +94,11 @@ class ChatShell(cmd.Cmd):
     def do_undo(self, _):
         self.chat.undo()
         waiting = "; its images wait for the next question" if self.chat.waiting else ""
-        log(f"question taken back; questions left: {len(self.chat.turns)}{waiting}")
+        log(f"question taken back; {count(len(self.chat.turns), 'question')} left{waiting}")
 
     def do_clear(self, _):
         self.chat.clear()
-        log("everything forgotten, images too")
+        log("the conversation and its images are forgotten")
 
     def do_settings(self, text):
         settings = {"max_tiles": self.chat.max_tiles} | self.chat.settings
@@ -128,35 +132,36 @@ def checked(source):
 
 
 def answer_one(chat, question, as_json=False, one_line=False):
-    """Ask; print the answer as it comes or, for `as_json` and `one_line`, when it is whole, then remarks on it.
+    """Ask; print remarks, then the answer as it comes or, for `as_json` and `one_line`, when it is whole.
 
     Raises InputError, before anything is printed.
     """
     notes = remarks(chat)
     with contextlib.closing(chat.stream(question)) as pieces:
-        for text in pieces:
+        first = next(pieces, "")
+        for note in notes:
+            log(note)
+        for text in itertools.chain([first], pieces):
             if not (as_json or one_line):
                 show(text, end="")
     if as_json:
         show(json.dumps(chat.report, ensure_ascii=False))
     else:
         show(" ".join(chat.report["answer"].split()) if one_line else "")
-    for note in notes:
-        log(note)
 
 
-def remarks(chat):
-    """What a user should know about the answer to the next question, one line each."""
+def remarks(chat, undo="type /undo"):
+    """What a user should know about the answer to the next question, one line each. `undo`: how to do that."""
     notes = [] if chat.pictures or chat.turns else ["no image: text only"]
     if len(chat.turns) == 1 and chat.model.folder.resolve() == TINY.resolve():
-        notes.append("the embedded model answers single questions only; take each one back (undo) before the next")
+        notes.append(f"the embedded model answers single questions only: {undo} before each new question")
     return notes
 
 
 def images_waiting(chat):
     """A line for each image that waits for the next question."""
     first = len(chat.pictures) - len(chat.waiting) + 1
-    return "".join(f"image {i}: {picture.image.width} x {picture.image.height} pixels, {len(picture.tiles)} tiles\n"
+    return "".join(f"image {i}: {picture.image.width} x {picture.image.height}, {count(len(picture.tiles), 'tile')}\n"
                    for i, picture in enumerate(chat.waiting, first))
 
 
@@ -164,7 +169,7 @@ def stats_line(chat):
     """The size and the speed of the last answer."""
     report = chat.report
     rate = f", then {report['decode_tokens_per_second']:.1f} per second" if len(report["tokens"]) >= RATE_TOKENS else ""
-    return (f"[{sum(report['tiles'])} tiles, {report['prompt_tokens']:,} tokens, {chat.read:,} of them new; "
+    return (f"[{count(sum(report['tiles']), 'tile')}, {report['prompt_tokens']:,} tokens, {chat.read:,} of them new; "
             f"first token after {report['prefill_seconds']:.2f} s{rate}]")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import PageDataset, group_rows_into_pages, page_blocks, plain
-from extras.cli import OneLineParser, int_in
+from extras.cli import OneLineParser, add_row_flags, count, int_in
 from extras.formats import read_file
 from extras.pictures import show_example
 from extras.sources import open_rows
@@ -22,16 +22,16 @@ def parse_arguments():
     check = commands.add_parser("check", help="check whole files: print file:line and the reason for wrong rows")
     check.add_argument("paths", nargs="+", metavar="PATH", help="files, folders in Hub layout or Hub ids")
     show = commands.add_parser("show", help="show one example: its tiles, its tokens, and which are in the loss")
-    show.add_argument("path", metavar="PATH", help="as in check")
-    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions, counted from 0")
-    show.add_argument("--out", help="the picture's file (show-N.png)")
+    show.add_argument("path", metavar="PATH", help="a file, a folder in Hub layout or a Hub id")
+    show.add_argument("number", type=int_in(0), metavar="N", help="which page with its questions; the first is 0")
+    show.add_argument("--out", help="file for the picture of the tiles (show-N.png)")
     for flag in (check.add_argument, show.add_argument):
-        flag("--model", help="Hub id or local folder of the model that gives tokenizer and tile size; its weights are "
-             "not needed (the embedded model; check then judges no lengths)")
-        flag("--max-tiles", type=int_in(1, 128), default=12, help="tiles a page may be cut into (%(default)s)")
+        flag("--model", help="its tokenizer and tile size are used (the embedded model; check skips lengths)")
+        flag("--max-tiles", type=int_in(1, 128), default=12, help="most tiles per page (%(default)s)")
         flag("--max-length", type=int_in(1), default=8192, help="tokens of a question with its page (%(default)s)")
-        flag("--allow-private", action="store_true", help="fetch images from addresses of a private network too")
-        flag("--split", default="train", help="of a data set in Hub layout (%(default)s)")
+        flag("--allow-private", action="store_true", help="fetch images from private networks too")
+        flag("--split", default="train", help="split of a data set in Hub layout (%(default)s)")
+        add_row_flags(flag)
     return parser.parse_args()
 
 
@@ -43,11 +43,12 @@ def make_dataset(arguments):
     return PageDataset(model, arguments.max_tiles, arguments.max_length if judged else None, arguments.allow_private)
 
 
-def check(path, dataset, split):
+def check(path, dataset, arguments):
     """Print file:line: reason for every wrong row of some data, and a summary. Returns whether all is right."""
-    parts = read_file(path) if Path(path).is_file() else []
+    parts, instruction = read_file(path) if Path(path).is_file() else [], arguments.instruction
     # a file is gathered as a whole: an image is decoded once for all its rows
-    blocks = [group_rows_into_pages(part.rows) for part in parts] or page_blocks(open_rows(path, split), shuffle=False)
+    blocks = [group_rows_into_pages(part.rows, instruction=instruction) for part in parts] or page_blocks(
+        open_rows(path, arguments.split, columns=arguments.columns), shuffle=False, instruction=instruction)
     problems = [problem for part in parts for problem in part.problems + part.remarks]
     pages, pictures = [], set()
     for page in itertools.chain.from_iterable(blocks):
@@ -57,8 +58,9 @@ def check(path, dataset, split):
     rows, questions, unanswered = map(sum, zip(*pages)) if pages else (0, 0, 0)
     print_problems(path, problems)
     print(f"{path}: {f'{len(problems)} wrong' if problems else 'all is right'}; "
-          f"{sum(part.entries for part in parts) if parts else rows} rows, {len(pages)} pages, {questions} questions, "
-          f"{unanswered} without an answer" + (f", {len(pictures)} images" if parts else ""))
+          f"{count(sum(part.entries for part in parts) if parts else rows, 'row')}, {count(len(pages), 'page')}, "
+          f"{count(questions, 'question')}, {unanswered} without an answer"
+          + (f", {count(len(pictures), 'image')}" if parts else ""))
     return not problems
 
 
@@ -69,9 +71,9 @@ def print_problems(path, problems):
         reasons[reason] += 1
         if reasons[reason] <= 3:
             print(plain(f"{place}: {' '.join(reason.split())}"))
-    for reason, count in reasons.items():
-        if count > 3:
-            print(plain(f"{path}: {count - 3} more: {' '.join(reason.split())}"))
+    for reason, often in reasons.items():
+        if often > 3:
+            print(plain(f"{path}: {often - 3} more: {' '.join(reason.split())}"))
 
 
 def problems_of(example, max_length, in_file):
@@ -90,16 +92,16 @@ def by_line(problem):
 
 def show(arguments, dataset):
     """Print the example with a number as the model reads it, and draw its tiles."""
-    rows = open_rows(arguments.path, arguments.split, hold_out=False)
-    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False))
+    rows = open_rows(arguments.path, arguments.split, hold_out=False, columns=arguments.columns)
+    pages = itertools.chain.from_iterable(page_blocks(rows, shuffle=False, instruction=arguments.instruction))
     page = next(itertools.islice(pages, arguments.number, None), None)
     if page is None:
-        raise InputError(f"{arguments.path}: has no example {arguments.number}; they are counted from 0")
+        raise InputError(f"{arguments.path}: no example {arguments.number}; the first is 0")
     example = dataset[page]
     if example.error:
         raise InputError(f"{page.name}: {example.error}")
     if arguments.model is None:
-        print("tokens of the embedded model; --model OpenGVLab/InternVL2-1B shows that model's", file=sys.stderr)
+        print("tokens of the embedded model; for another model give --model OpenGVLab/InternVL2-1B", file=sys.stderr)
     show_example(example, dataset, arguments.out or f"show-{arguments.number}.png")
 
 
@@ -108,4 +110,4 @@ def main():
     dataset = make_dataset(arguments)
     if arguments.command == "show":
         return show(arguments, dataset)
-    sys.exit(not all([check(path, dataset, arguments.split) for path in arguments.paths]))
+    sys.exit(not all([check(path, dataset, arguments) for path in arguments.paths]))

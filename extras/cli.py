@@ -1,10 +1,13 @@
 """What do all commands share? A parser with errors of one line, checked number types, exit codes without tracebacks."""
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
+from data import ROW_COLUMNS
 from model.errors import InputError
+from model.tokenizer import clean
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -55,6 +58,17 @@ ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "te
                    "top_p": float_in(1e-6, 1), "seed": int_in(0)}
 
 
+def count(number, thing):
+    """1, 'page' -> '1 page'; 1200, 'page' -> '1,200 pages'."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def as_flag(name, value):
+    """'max_tiles', 6 -> '--max-tiles 6'; True: the flag alone; None or False: 'no --max-tiles'."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None or value is False else flag if value is True else f"{flag} {value}"
+
+
 def names_in(choices, what, more=""):
     """An argument type: names of `choices`, comma-separated. `what` and `more`: words of its error message."""
     def check(text):
@@ -64,6 +78,16 @@ def names_in(choices, what, more=""):
                 raise argparse.ArgumentTypeError(f"{name!r} is not a {what}; expected {expected}")
         return text
     return check
+
+
+def add_row_flags(flag):
+    """--instruction, to follow each question after a space or the white space it begins with, and --columns."""
+    flag("--instruction", type=lambda text: clean(" " * (text[:1] > " ") + text), metavar="TEXT", help="added to every "
+         "question of the data (in Hub layout DocVQA's, in files nothing; with --evaluate: that of the run)")
+    known = names_in([f"{column}=NAME" for column in ROW_COLUMNS], "column")
+    flag("--columns", type=lambda text: known(re.sub("=[^,]+", "=NAME", text)) and text, metavar="OURS=THEIRS,...",
+         help="names of the columns in Hub layout, such as question=query,answers=label,image=img (DocumentVQA's; with "
+         "--evaluate: those of the run)")
 
 
 def add_switch(group, flag, help, default=False):

@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Example, Page, PageDataset, load_examples, page_blocks
-from extras.formats import entries, images_of, locate
+from extras.cli import as_flag
+from extras.formats import entries, images_of, locate, shown
 from extras.score import score_table
 from extras.video import load_images
 from model.chat import describe
@@ -124,7 +125,7 @@ def check_earlier(path, earlier, asked):
     """Raises InputError unless the dicts `earlier` hold all values of the first of the dicts `asked`."""
     if len(earlier) > len(asked) or any(
             line | question != line for line, question in zip(earlier, asked)):
-        raise InputError(f"{path}: its answers are not to the first of these questions; choose another file")
+        raise InputError(f"{path}: answers other questions than these; choose another file")
 
 
 def read_lines(path):
@@ -139,7 +140,7 @@ def write_json(path, value):
         if path:
             write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); mend that, then try again") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); fix that, then try again") from error
 
 
 # ------------------------------------------------------------------------------------------------ --questions, --folder
@@ -155,11 +156,11 @@ def read_questions(path):
         try:
             images = images_of(entry)
             images = [locate(image, path.parent) for image in ([images] if isinstance(images, str) else images)]
-            if not entry["question"].strip():
-                raise ValueError("the question is empty")
+            if not entry.get("question", "").strip():
+                raise ValueError(f'no "question" in {shown(entry)}; rows for training go to --evaluate')
             asked.append((clean(entry["question"]), images))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = entry if isinstance(entry, InputError) else f"{type(error).__name__}: {error}"
+        except (ValueError, TypeError, AttributeError) as error:
+            reason = next((e for e in (entry, error) if isinstance(e, ValueError)), None) or shown(entry)
             raise InputError(f"{place}: not a question ({reason}); expected "
                              '{"question": "...", "images": ["..."]}') from error
     return asked
@@ -256,6 +257,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     Raises InputError for predictions of other settings or questions, and where there are no rows.
     """
     scores_path = path and path.with_suffix(".scores.json")
+    asked = {"answered": False, "instruction": settings.get("instruction")}
     earlier, lines = read_earlier(path, lambda path: read_predictions(path, scores_path, settings)), []
     if not earlier:
         write_json(scores_path, {"settings": settings})
@@ -263,7 +265,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     def unanswered():
         """Yield the pages with questions that have no answer yet; add the answers to the others to `lines`."""
         left = earlier
-        for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, answered=False)):
+        for page in itertools.chain.from_iterable(page_blocks(rows, shuffle=False, **asked)):
             found, left = left[:len(page.ids)], left[len(page.ids):]
             check_earlier(path, found, [{"questionId": name} for name in page.ids])
             if len(found) < len(page.ids):                              # a page is answered as a whole
@@ -289,10 +291,9 @@ def read_predictions(path, scores_path, settings):
     if not path.exists():
         return []
     before = json.loads(scores_path.read_text(encoding="utf-8"))["settings"]
-    changed = " ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name, value in settings.items()
-                       if before.get(name) != value)
+    changed = " ".join(as_flag(name, before.get(name)) for name, value in settings.items() if before.get(name) != value)
     if changed:
-        raise InputError(f"{path}: was begun with {changed}; repeat that, or choose another --predictions")
+        raise InputError(f"{path}: was started with {changed}; repeat that, or choose another --predictions")
     return [{key: line[key] for key in PREDICTION} for line in json.loads(path.read_text(encoding="utf-8"))]
 
 

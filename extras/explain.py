@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from extras import pictures as palette
+from extras.cli import count
 from extras.pictures import as_image, attention, draw_attention, draw_tiles, visible
 from model.chat import Chat, Picture
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
@@ -182,10 +183,6 @@ def answer_values(run):
         "layers": language.layers, "vocabulary": language.vocabulary, "likeliest": LIKELIEST, "undrawn": undrawn,
         "looked": percent(run.looked.sum().item()),
         "shares": ", ".join(f"{name} {percent(look)}" for name, look in zip(names, run.looked.tolist()))}
-
-
-def count(number, thing):
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def embedded(picture, most=1200):

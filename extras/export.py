@@ -82,15 +82,14 @@ def save_adapter(run, path, folder):
     """
     settings = checkpoint.read_settings(run)
     if path is None:
-        raise InputError(f"{run}: a run without a checkpoint yet")
+        raise InputError(f"{run}: this run has no checkpoint yet")
     trained, _, _, scale = checkpoint.read_checkpoint(path)
     ranks = [len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight")]
     whole = [name for name in trained if ".lora_" not in name]
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
-        raise InputError("an adapter holds the layers of --train lora, and the projector as a whole or adapted; this "
-                         f"run trains {', '.join((whole or ['nothing'])[:2])}, ... and {len(layers)} adapters; "
-                         "write it with --format official")
+        raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
+                         f"this run has --train {settings['train']}: use --format official or transformers")
     trained = lora.fused_layers(trained, checkpoint.model_config(settings["model"]).language)
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))

@@ -17,6 +17,7 @@ from model.errors import InputError
 from model.prompt import PLACEHOLDER
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PARTS = {"text": "{}", "image": "<img>{}</img>", "image_url": "<img>{}</img>"}      # of a turn, by their "type"
 PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
 
 
@@ -37,6 +38,22 @@ def images_of(entry):
     return entry.get("image") or entry.get("images") or []
 
 
+def path_of(image):
+    """An image as a path or an address; of {"path": ...} and {"url": ...} what they name, or "". Raises InputError."""
+    image = image.get("path") or image.get("url") or "" if isinstance(image, dict) else image
+    if str(image).startswith("data:image/"):
+        raise InputError(f"an image inside the row, {shown(image)}; write it to a file and give its path")
+    return image
+
+
+def text_of(content):
+    """The text of a turn. A list of parts, as in OpenAI's and transformers' chats, becomes text with its images."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = (PARTS[part["type"]].format(path_of(part.get(part["type"]) or part)) for part in content)
+    return "".join(texts).replace("<img></img>", PLACEHOLDER)           # an image that is beside the turns
+
+
 def turns_of(turns, speaker, text):
     """[{speaker: ..., text: ...}, ...] or [[question, answer], ...] -> [(speaker, text), ...]."""
     if not isinstance(turns, list) or not turns:
@@ -44,7 +61,7 @@ def turns_of(turns, speaker, text):
     pairs = []
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and speaker in turn and text in turn:
-            pairs.append((turn[speaker], turn[text]))
+            pairs.append((turn[speaker], text_of(turn[text])))
         elif isinstance(turn, list) and len(turn) == 2:
             pairs += zip(("user", "assistant"), turn)
         else:
@@ -109,7 +126,7 @@ def read_entry(entry):
     history, question_start, rest = images_first(turns)
     ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted_answers(entry) if key == "question" else None,
+            "accepted": accepted_answers(entry) if key == "question" else None, "instruction": "",
             "question_types": entry.get("question_types") or [],
             "questionId": next((name for name in ids if name is not None), None),
             "key": hashlib.sha1(repr(images or turns).encode()).hexdigest()}
@@ -130,10 +147,10 @@ def question_answer_pairs(turns):
             raise InputError(f"{speaker} speaks where {'an answer' if is_answer else 'a question'} is expected; "
                              "questions and answers take turns")
         if number > has_system and not text.strip():
-            raise InputError("an empty answer: nothing could be learned from it" if is_answer else "an empty question")
+            raise InputError("an empty answer; there is nothing to train on" if is_answer else "an empty question")
     system = texts.pop(0) if has_system else None
     if not texts or len(texts) % 2:
-        raise InputError("the last turn is no answer; expected questions and answers to take turns")
+        raise InputError("the last turn is not an answer; expected questions and answers to take turns")
     return system, list(zip(texts[::2], texts[1::2]))
 
 
@@ -143,7 +160,7 @@ def place_images(turns, listed, first=0):
     `listed`: the images beside the turns, one or several; they take the places that have no path of their own. `first`:
     the turn that they begin if there is no place.
     """
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = [path_of(image) for image in (listed if isinstance(listed, list) else [listed])]
     if not all(isinstance(image, str) and image for image in listed):
         raise InputError(f"image is {shown(listed)}; expected a path, an address or a list of them")
     found = [match.group(1) for question, _ in turns for match in PLACES.finditer(question)]    # paths, or None
@@ -153,7 +170,7 @@ def place_images(turns, listed, first=0):
         return listed, turns
     if found.count(None) != len(listed):
         raise InputError(f"{found.count(None)} {PLACEHOLDER} and {len(listed)} images; "
-                         "expected one place an image, or none")
+                         "expected one for each image, or none")
     if "" in found:
         raise InputError("an <img></img> without a path")
     waiting = iter(listed)
@@ -241,7 +258,7 @@ def read_json(path, text, line=1):
     try:
         return f"{path}:{line}", json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"no JSON ({error})")
+        return f"{path}:{line + getattr(error, 'lineno', 1) - 1}", InputError(f"not JSON ({error})")
 
 
 # ------------------------------------------------------------------------------------------------------------- mixtures

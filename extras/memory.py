@@ -1,4 +1,4 @@
-"""Does it fit? The memory of a training step, estimated before the first one.
+"""The memory of a training step, estimated before the first one.
 
     weights  +  gradients and AdamW's two moments of the trainable parts  +  activations kept for the backward pass
 
@@ -74,7 +74,7 @@ def step_gb(model, max_tiles, batch_pages):
     except torch.OutOfMemoryError as error:
         raise InputError(f"the memory is too small for a step on a page of two tiles; {advice}") from error
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    needed = {"held": held, "gradients and optimizer": 12 * trained / 1e9,      # float32: one gradient, two moments
+    needed = {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,  # float32: one gradient, two moments
               "activations": batch_pages * (one + (tiles - 1) * (two - one))}
     if (total := sum(needed.values())) > (most := device_memory(model.device) / 1e9):
         warn(f"a step on pages of {max_tiles} tiles needs about {total:.0f} GB, and there are {most:.0f} GB; {advice}")

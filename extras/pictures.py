@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
+from extras.cli import count
 from model.errors import InputError
 from model.images import load_image
 from model.language import page_cos_sin, page_mask
@@ -83,7 +84,7 @@ def as_image(tile):
 # ------------------------------------------------------------------------------------------------------------- examples
 
 def show_example(example, dataset, file):
-    """Print the tokens of an example of a PageDataset, branch by branch; save the picture of its tiles as `file`.
+    """Print the tokens of an example of a PageDataset, question by question; save the picture of its tiles as `file`.
 
     Tokens in the loss stand in [], on a terminal also in green.
     """
@@ -96,14 +97,16 @@ def show_example(example, dataset, file):
                     for size, tiles in zip(sizes, example.tiles.split(example.tile_counts))]
         save_picture(draw_tiles(pictures, image_tokens // len(example.tiles)), file)
         print(f"tiles: {file}")
-    for branch in range(max(prompt.branches) + 1):
+    last = max(prompt.branches)
+    kind = "question" if last == len(example.kept_questions) else "conversation"
+    for branch in range(last + 1):
         at = [i for i, b in enumerate(prompt.branches) if b == branch]
         in_loss = sum(prompt.labels[i] >= 0 for i in at)
-        print(f"\nbranch {branch}{'' if branch else ' (the prefix, shared by all questions)'}: "
-              f"{len(at)} tokens from position {prompt.positions[at[0]]}, {in_loss} in the loss")
+        print(f"\n{f'{kind} {branch} of {last}' if branch else 'prefix, shared by all questions'}: "
+              f"{count(len(at), 'token')} from position {prompt.positions[at[0]]}, {in_loss} in the loss")
         print("|".join(runs_of_tokens(prompt, at, tokenizer)))
     print(f"\n{len(prompt.ids)} tokens, {image_tokens} of them from images, {example.answer_tokens} in the loss"
-          + (f"; {len(example.too_long)} questions left out: too long" if example.too_long else ""))
+          + (f"; {count(len(example.too_long), 'question')} left out: too long" if example.too_long else ""))
 
 
 def runs_of_tokens(prompt, at, tokenizer):

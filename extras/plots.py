@@ -4,7 +4,6 @@ import warnings
 from extras.pictures import GRAY, RIGHT, WRONG
 from extras.score import exact_match
 from model.images import load_image
-from model.prompt import INSTRUCTION
 
 COLUMNS = ((0.0, 36), (0.36, 20), (0.58, 20), (0.8, 18))        # where a column begins, and its room in characters
 LINE = 0.27                                                     # inches from one question to the next
@@ -36,8 +35,7 @@ def draw_samples(folder, samples, pages):
             left.imshow(image.convert("RGB"))
             left.set_anchor("NE")
         for i, (a, b) in enumerate(lines):
-            question = a["question"].removesuffix(INSTRUCTION)
-            cells = (question, "black"), marked(a), marked(b), (a["expected"][0], "black")
+            cells = (a["question"], "black"), marked(a), marked(b), (a["expected"][0], "black")
             for (x, room), (text, color) in zip(COLUMNS, cells):
                 shown = text if len(text) <= room else text[:room - 1] + "…"
                 right.text(x, 1 - i * LINE / height, shown, va="top", fontsize=9, color=color, parse_math=False)
@@ -64,7 +62,7 @@ def draw_curve(folder, lines):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
+    axes.set(xlabel="step", ylabel="loss per answer token")
     axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.grid(alpha=0.3)
     scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]

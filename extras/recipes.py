@@ -38,7 +38,7 @@ def of_model(args):
     Source: the second fine-tuning scripts of InternVL 2.0 and 2.5; they have none between 8B and 26B.
     """
     typed = isinstance(args.lr, float) or {*args.train.split(",")} <= {*(args.lr or ())}
-    known = args.export or args.tiny or typed and args.weight_decay is not None     # a Hub id would need the network
+    known = args.export or args.resume or args.tiny or typed and args.weight_decay is not None
     size = 0 if known else about_parameters(model_config(args.model))
     decay = args.weight_decay if args.weight_decay is not None else 0.05 if size > 5e9 else 0.01
     return TINY_LR if args.tiny else {part: min(rate, 2e-5 if size > 12e9 else 1) for part, rate in LR.items()}, decay

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from extras.cli import as_flag, count
 from model import checkpoint, lora
 from model.checkpoint import CHECKPOINTS, CONFIG, INDEX, SETTINGS, WEIGHTS, latest_checkpoint, write_text
 from model.errors import InputError, warn
 from model.names import official_name
-from model.prompt import INSTRUCTION
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
 NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
@@ -62,14 +62,15 @@ class RunFolder:
         keep_lines(self.path / SKIPPED, lambda line: position(line) <= place)
 
     def begin(self):
-        """Write the settings, once model, checkpoint and data are there; print what a resumed run changes."""
-        kept = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
+        """Write the settings, once model and data are there; of a resumed run print what changes, `save` writes it."""
+        kept = self.settings = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
         if self.args.resume:
             before = checkpoint.read_settings(self.path)
             for key in [key for key in kept if key in before and str(kept[key]) != str(before[key])]:
-                print(f"changed: --{key.replace('_', '-')} {before[key]} -> {kept[key]}")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")
+                print(f"changed: {as_flag(key, before[key])} -> {as_flag(key, kept[key])}")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")
 
     @contextlib.contextmanager
     def ending(self, model, optimizer):
@@ -87,7 +88,8 @@ class RunFolder:
             if self.whole and self.state["step"] > self.saved and self.path.exists():
                 self.save(model, optimizer)
             if isinstance(end, SystemExit):
-                warn(f"stopped after step {self.state['step']}; continue with --resume {self.path}")
+                warn(f"stopped after step {self.state['step']}; "
+                     f"to continue: python train.py --resume {shlex.quote(str(self.path))}")
             raise
         finally:
             for number, handler in handlers.items():
@@ -98,7 +100,7 @@ class RunFolder:
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
-            raise InputError(f"a worker process was ended from outside ({str(error).splitlines()[0]}), perhaps for its "
+            raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
                              f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
                              ) from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
@@ -109,7 +111,7 @@ class RunFolder:
                              f"--batch-pages ({str(error)[:100] or 'MemoryError'})") from error
         if isinstance(error, OSError):
             advice = (f"its checkpoints are as they were: make room, then continue with --resume {self.path}"
-                      if self.path.exists() else "it is gone")
+                      if self.path.exists() else "the folder is gone")
             raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {advice}") from error
 
     def count(self, pages, questions):
@@ -142,10 +144,11 @@ class RunFolder:
         bar.write(f"step {step:>6} | " + " | ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
     def save(self, model, optimizer):
-        """Write a checkpoint; delete old ones."""
+        """Write a checkpoint and the settings; delete old checkpoints."""
         self.saved = step = self.state["step"]
         path = self.path / CHECKPOINTS / f"step-{step:07d}.safetensors"
         save_checkpoint(path, model, optimizer, self.state)
+        write_text(self.path / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
         keep_newest(self.path, self.args.keep, self.losses)
         for name in (WEIGHTS, INDEX):
             (self.path / name).unlink(missing_ok=True)          # of an earlier end of this run: the checkpoint is newer
@@ -168,8 +171,8 @@ class StopSignal:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         self.number = number
-        warn(f"{signal.Signals(number).name}: {'' if self.at_once else 'the step is finished and '}the run is saved; "
-             "a second one stops at once")
+        warn(f"{signal.Signals(number).name}: {'' if self.at_once else 'finishing this step, then '}saving the run; "
+             "a second signal stops at once")
         if self.at_once:
             raise SystemExit(128 + number)
 
@@ -224,7 +227,8 @@ class SkipLog:
             append_line(self.path, self.lines[-1])
 
     def count(self, what):
-        return sum(line["count"] for line in self.lines if line["left_out"] == what)
+        lines = {(line["page"], line["reason"], line["count"]) for line in self.lines if line["left_out"] == what}
+        return sum(number for _, _, number in lines)            # a page counts once, in however many epochs
 
     def usable(self, example):
         """Whether an example can be used; notes what of it is skipped."""
@@ -256,8 +260,9 @@ class SkipLog:
                              f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
 
     def __str__(self):
-        return (f"skipped: {self.count(self.PAGE)} pages, {self.count(self.TOO_LONG)} questions too long, "
-                f"{self.count(self.UNANSWERED)} without an answer")
+        cut = f"; {count(self.cut, 'page')} split in two by the edge of a block, since this start" if self.cut else ""
+        return (f"skipped: {count(self.count(self.PAGE), 'page')}, {count(self.count(self.TOO_LONG), 'question')} "
+                f"too long, {self.count(self.UNANSWERED)} without an answer{cut}")
 
 
 def sample_tables(samples):
@@ -266,8 +271,7 @@ def sample_tables(samples):
     for sample in samples:
         tables += [f"\n## Step {sample['step']}\n", "| page | question | answer | expected |", "|---|---|---|---|"]
         for line in sample["answers"]:
-            cells = (line["page"], line["question"].removesuffix(INSTRUCTION), line["answer"],
-                     " / ".join(line["expected"]))
+            cells = (line["page"], line["question"], line["answer"], " / ".join(line["expected"]))
             tables.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
     return "\n".join(tables) + "\n"
 
@@ -277,7 +281,7 @@ def next_steps(folder):
     samples, named = read_lines(folder / SAMPLES), shlex.quote(str(folder))
     if not samples:
         return f'next: python infer.py --model {named} --image PAGE "QUESTION"'
-    question = samples[-1]["answers"][0]["question"].removesuffix(INSTRUCTION).strip()
+    question = samples[-1]["answers"][0]["question"].strip()
     image = f"--image {named}/page.png " if (folder / "page.png").exists() else ""
     return (f"next: look at {folder}/curve.png and {folder}/samples.png, then ask its first page a question:\n"
             f'python infer.py --model {named} {image}"{question}"')

@@ -11,6 +11,8 @@ Source: ANLS, "Scene Text Visual Question Answering" (arXiv 1905.13648), section
 """
 import math
 
+from extras.cli import as_flag, count
+
 
 def normalize(text):
     """Lower case, single spaces."""
@@ -114,8 +116,8 @@ def score_table(answers):
 def print_scores(answers, table, settings):
     """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
     scored = table["all"]["questions"] if table else 0
-    print(f"{len(answers)} questions, {scored} of them with an answer to compare with; "
-          + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    print(f"{count(len(answers), 'question')}, {scored} of them with an answer to compare with; "
+          + " ".join(as_flag(*flag) for flag in settings.items() if flag[1] is not None and flag[1] is not False))
     print(f"{'':<32} questions  " + "  ".join(PRINTED))
     for name, row in table.items():
         print(f"{name:<32} {row['questions']:>9}  " + "  ".join(f"{row[score]:>{len(score)}.4f}" for score in PRINTED))

@@ -19,21 +19,22 @@ from model.errors import InputError
 HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is held out for validation, at least 1, at most 64
 
 
-def open_rows(data, split, seed=0, domains="plain", hold_out=True):
+def open_rows(data, split, seed=0, domains="plain", hold_out=True, columns=None):
     """The rows of a split, to be iterated as often as needed: dicts, images not decoded.
 
     `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS, a
     mixture file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), pages drawn from `seed`
     that look like `domains`. Several, comma-separated, are mixed; `=2` behind a name: it comes twice in an epoch.
     A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all
-    of it. Raises InputError where it cannot be reached, has no such split or columns, or has a malformed row.
+    of it. `columns`: see `open_hub_rows`. Raises InputError for what cannot be reached or lacks a split or a column.
     """
     parts = []
     for name, weight in named_parts(data):
         if Path(name).is_file():
             parts += [(rows, name, weight * often) for rows, often in open_file(name, split, hold_out)]
         else:
-            rows = open_synthetic(name, split, seed, domains) if is_synthetic(name) else open_hub_rows(name, split)
+            rows = (open_synthetic(name, split, seed, domains) if is_synthetic(name)
+                    else open_hub_rows(name, split, columns))
             parts.append((rows, name, weight))
     if split == "validation" and all(rows == [] for rows, _, _ in parts):
         raise InputError(f"{data}: too few pages to hold one out for validation; name others with --eval-data, or "
@@ -46,7 +47,7 @@ def open_rows(data, split, seed=0, domains="plain", hold_out=True):
 def count_rows(rows, name):
     """The number of the rows that `open_rows(name)` gave. Raises InputError where it is unknown, or without end."""
     if not hasattr(rows, "__len__"):
-        reason = "drawn without an end" if is_synthetic(name) else "not parquet, so their number is unknown"
+        reason = "drawn without end" if is_synthetic(name) else "not parquet, so their number is unknown"
         raise InputError(f"{name}: its rows are {reason}; give the length of the run with --steps")
     return len(rows)
 

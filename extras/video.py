@@ -1,6 +1,6 @@
 """Which frames of a video and which pages of a PDF does the model see? A few frames, evenly spread; every page.
 
-PyAV reads films (pip install av), pypdfium2 reads PDF (pip install pypdfium2); each is imported only when needed.
+PyAV reads videos (pip install av), pypdfium2 reads PDF (pip install pypdfium2); each is imported only when needed.
 Animated GIF, WebP and PNG need nothing but Pillow. Source of the frames: the model card of InternVL2.
 """
 import re
@@ -66,7 +66,7 @@ def read_video(path, frames=8, span=None):
     try:
         import av
     except ImportError as error:
-        raise InputError(f"{path}: reading a film needs the package av: pip install av (a GIF needs none)") from error
+        raise InputError(f"{path}: reading a video needs the package av: pip install av (a GIF needs none)") from error
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

@@ -33,17 +33,17 @@ class Conversations:
         return chat
 
     def answer(self, session, length, question, files):
-        """Yield (text so far, "", None), then (text, notes, the picture of the tiles or None)."""
+        """Yield (text so far, remarks, None), then (text, notes, the picture of the tiles or None)."""
         with self.lock:                                 # one question at a time
             try:
                 chat, text = self.chat(session, length), ""
                 for image in [image for path in files for image in load_images(path)]:
                     chat.add_image(image)
-                notes = remarks(chat)
+                notes = remarks(chat, undo="press Undo")
                 with contextlib.closing(chat.stream(question)) as pieces:
                     for piece in pieces:
                         text += piece
-                        yield text, "", None
+                        yield text, "; ".join(notes), None
                 pictures = chat.turns[-1].pictures
                 tiles = draw_tiles(pictures, self.model.config.tokens_per_tile) if pictures else None
                 yield text, "; ".join([*notes, stats_line(chat)]), tiles
@@ -63,7 +63,7 @@ def serve(model, port, settings):
         raise InputError(f"--port {port}: cannot be used ({error}); give another one, or 0 for a free one") from error
     with tempfile.TemporaryDirectory() as folder:
         page = launch(Conversations(model, settings), port, folder)
-        log(f"http://127.0.0.1:{port}   Ctrl-C ends")
+        log(f"http://127.0.0.1:{port}   Ctrl-C stops it")
         signal.signal(signal.SIGTERM, signal.default_int_handler)       # then, too, uploads are deleted
         try:
             threading.Event().wait()
@@ -92,7 +92,7 @@ def launch(conversations, port, folder):
         respond, multimodal=True, title="Ask a page", analytics_enabled=False, api_visibility="private",
         chatbot=gradio.Chatbot(render_markdown=False, latex_delimiters=[], buttons=[], height="70vh"),
         textbox=gradio.MultimodalTextbox(file_types=["image", ".pdf"], file_count="multiple", stop_btn=True,
-                                         placeholder="A question, with images dropped here"))
+                                         placeholder="Ask a question; drop images here"))
     page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
                 ssr_mode=False, run_history=False, footer_links=[], max_file_size=FETCH_BYTES,
                 css="button[aria-label=Share] { display: none }",

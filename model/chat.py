@@ -100,10 +100,7 @@ class Chat:
         """
         settings = self.settings | settings
         turn, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
-        if self.model.config.language.is_long(len(keys)) != self.is_long:
-            self.is_long, self.held = not self.is_long, []
-        most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
-        same = next((i for i in range(most) if self.held[i] != keys[i]), most)
+        same = self.shared(keys)
         self.held, self.read = keys[:same], len(keys) - same
         self.cache.crop(same)
         started, first, tokens, shown = time.perf_counter(), None, [], ""
@@ -131,6 +128,13 @@ class Chat:
                 speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else None
                 self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in self.pictures],
                                        len(prompt.ids), first - started, speed)
+
+    def shared(self, keys):
+        """How many of a prompt's first tokens the cache holds, rotated as in a text of this length."""
+        if self.model.config.language.is_long(len(keys)) != self.is_long:
+            self.is_long, self.held = not self.is_long, []
+        most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
+        return next((i for i in range(most) if self.held[i] != keys[i]), most)
 
     def prepare(self, question, images, max_new_tokens):
         """Write a question into the conversation -> (its turn, prompt, keys as in `write`)."""

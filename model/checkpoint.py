@@ -54,7 +54,7 @@ def resolve(name, seed=None):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
-            raise InputError(f"{name}: a run without a checkpoint yet; its base model is {settings['model']}")
+            raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
         if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
             raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
         folder, overlays, seed = resolve(settings["model"], settings["seed"] if settings["from_scratch"] else None)
@@ -71,7 +71,8 @@ def resolve(name, seed=None):
                          "'tiny'")
     folder = download(name, BESIDE_WEIGHTS)
     if seed is None and not has_weights(folder):
-        print_size(name, folder)
+        warn(f"{name}: about {2 * about_parameters(Config.read(folder / CONFIG)) / 1e9:.1f} GB to download; the "
+             "weights take as much memory in bfloat16, twice that in float32; train.py prints what a step takes")
     return folder if seed is not None else download(name, (WEIGHTS, INDEX, SHARDS)), [], seed
 
 
@@ -93,13 +94,6 @@ def has_weights(folder):
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
-def print_size(name, folder):
-    """Print what a model needs, before it is downloaded. Raises InputError for a model that we cannot build."""
-    gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
-    warn(f"{name}: downloading about {gigabytes:.1f} GB; the weights take as much memory in bfloat16, twice that in "
-         "float32; train.py prints what a step takes")
-
-
 def read_settings(run):
     """The settings of a run folder, as train.py wrote them. Raises InputError."""
     try:
@@ -111,7 +105,13 @@ def read_settings(run):
             raise ValueError("expected plain values")
         return settings
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{run}: not a run folder ({error}); expected --out of an earlier run") from error
+        raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
+
+
+def settings_of(name):
+    """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
+    folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
+    return next((read_settings(folder) for folder in folders if (folder / SETTINGS).is_file()), {})
 
 
 def latest_checkpoint(run):
@@ -163,7 +163,7 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
-                         f"{model.config.language.vocabulary}; they are not of the same model")
+                         f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     lay_over(model, our_layers(adapters, model), LORA_SCALE, folder)
     for path in overlays:
@@ -175,11 +175,10 @@ def check_size(model, folder, device, dtype):
     """Raise InputError for a model that is larger than the memory of its device."""
     needed, held = sum(p.numel() for p in model.parameters()) * dtype.itemsize, device_memory(device)
     if needed > held:
-        half = "--dtype bfloat16 (half of it), " * (dtype.itemsize > 2)
-        quarter = "--int8 of infer.py (half of it), --device cpu, " * (device.type != "cpu")
+        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + "--int8 of infer.py, " * (device.type != "cpu")
         raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this "
                          f"{'machine' if device.type == 'cpu' else 'GPU'} has {held / 1e9:,.0f} GB of memory; take "
-                         f"{half}{quarter}a smaller model or a larger machine")
+                         f"{advice}a smaller model or a larger machine")
 
 
 def device_memory(device):
@@ -198,20 +197,16 @@ def weight_files(folder):
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError(f"it names {str(files)[:60]}")
+        return [folder / file for file in files]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of weights ({error}); download or copy it again") from error
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise InputError(f"{folder}: {len(missing)} of {len(files)} files of weights are missing, the first: "
-                         f"{missing[0]}; download or copy it again")
-    return [folder / file for file in files]
 
 
 def read(folder, model, device, dtype):
     """Read the weights of a folder -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file},
-    {name in files: file}, {official name of an adapter's tensor: tensor}).
+    {name in files: file}, {name: tensor} of the adapters that the official LoRA script leaves unmerged).
 
-    The adapters are those that the official LoRA script leaves unmerged. Raises InputError, which lists the tensors
-    that are missing, unexpected, twice in the files, or of another shape or dtype than `model` has.
+    Raises InputError, which lists tensors that are missing, unexpected, there twice, or of another shape or dtype.
     """
     wanted, language = model.state_dict(), model.config.language
     holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
@@ -231,8 +226,7 @@ def read(folder, model, device, dtype):
         elif kind not in STORED_DTYPES:
             trouble["wrong dtype"].append(f"{name} {kind}")
         else:
-            pieces = split_rows(part[:].to(device, dtype), rows, language.kv_heads, language.decoder)
-            tensors |= zip(ours, pieces)
+            tensors |= zip(ours, split_rows(part[:].to(device, dtype), rows, language.kv_heads, language.decoder))
             stored |= dict.fromkeys(ours, STORED_DTYPES[kind])
         files[plain] = path.name
     trouble["missing"] = sorted(holds.keys() - files.keys())
@@ -332,12 +326,10 @@ def shard(sizes, most=SHARD_BYTES):
 
     Source: `shard_checkpoint` of transformers 4.37, which wrote the published files.
     """
-    numbers, filled = {}, math.inf
+    numbers, total, filled = {}, 0, math.inf
     for name, size in sizes.items():
-        begins = filled + size > most
-        numbers[name] = len(set(numbers.values())) + begins
-        filled = size if begins else filled + size
-    total = max(numbers.values())
+        total, filled = (total + 1, size) if filled + size > most else (total, filled + size)
+        numbers[name] = total
     return {name: WEIGHTS if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
             for name, number in numbers.items()}
 

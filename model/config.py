@@ -83,7 +83,7 @@ class Config:
                 or language.heads % language.kv_heads or language.head_width % 2
                 or any(2 * len(x) != language.head_width for name, x in language.rope.items() if "_factor" in name)
                 or vision.tile_pixels % vision.patch_pixels or self.shuffle < 1 or vision.grid % self.shuffle):
-            raise ValueError("widths, heads and tile do not divide as they must")
+            raise ValueError("widths, heads and tile size do not divide evenly")
 
     @classmethod
     def read(cls, path):

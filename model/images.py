@@ -47,6 +47,8 @@ def load_image(source, allow_private=False, name=None):
             image = Image.open(source, formats=[format for format in FORMATS if format in Image.OPEN])
             image.load()                # Image.open reads the header only; a truncated file fails here
             return as_shown(image)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError,
             Image.DecompressionBombWarning) as error:
         raise InputError(f"cannot read {name} as an image ({error or type(error).__name__})") from error

@@ -161,6 +161,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """(L, D) -> (L, D): attention, then the gated MLP, each with a norm before it."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)

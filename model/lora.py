@@ -131,12 +131,11 @@ def our_layers(found, model):
     """
     language, weights, found = model.config.language, dict(model.named_parameters()), dict(found)
     for name, ours in file_names(weights, language.decoder).items():
-        rows, layer = [len(weights[one]) for one in ours], name.removesuffix("weight")
-        for ending in ("weight", "lora_A.weight", "lora_B.weight") if layer != name else ():
-            if (tensor := found.pop(layer + ending, None)) is not None:
-                fits = ending.startswith("lora_A") or len(tensor) == sum(rows)
-                pieces = [tensor] * len(ours) if ending.startswith("lora_A") or not fits else split_rows(
-                    tensor, rows, language.kv_heads, language.decoder)
+        rows = [len(weights[one]) for one in ours]
+        for ending in ("weight", "lora_A.weight", "lora_B.weight") if name.endswith(".weight") else ():
+            if (tensor := found.pop(name.removesuffix("weight") + ending, None)) is not None:
+                cut = ending != "lora_A.weight" and len(tensor) == sum(rows)        # else it is refused, or shared
+                pieces = split_rows(tensor, rows, language.kv_heads, language.decoder) if cut else [tensor] * len(ours)
                 found |= {official_name(one).removesuffix("weight") + ending: piece for one, piece in zip(ours, pieces)}
     return found
 

@@ -10,6 +10,8 @@ from model.layers import LayerNorm, Linear
 
 
 class Projector(nn.Module):
+    """(N, 1024, 1024) patches -> (N, 256, 896) image tokens, in the dtype of the patches."""
+
     def __init__(self, config):
         super().__init__()
         merged = config.vision.width * config.shuffle ** 2          # 4 patches side by side: 4096
@@ -19,7 +21,6 @@ class Projector(nn.Module):
         self.out = Linear(config.language.width, config.language.width)
 
     def forward(self, patches):
-        """(N, 1024, 1024) patches -> (N, 256, 896) image tokens, in the dtype of the patches."""
         # 2 x 2 neighboring patches become one token; both grids are row by row
         x = rearrange(patches, "n (h rh w rw) d -> n (h w) (rh rw d)", w=self.grid // self.shuffle,
                       rh=self.shuffle, rw=self.shuffle)             # (N, 256, 4096)

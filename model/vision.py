@@ -42,6 +42,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """(N, 1025, D) -> (N, 1025, D): attention, then the MLP, each with a norm before it and a scale behind it."""
+
     def __init__(self, config):
         super().__init__()
         norm = RMSNorm if config.rms_norm else LayerNorm
@@ -59,6 +61,8 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
+    """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` per patch, row by row."""
+
     def __init__(self, config):
         super().__init__()
         self.patch = nn.Conv2d(3, config.width, config.patch_pixels, stride=config.patch_pixels)
@@ -68,7 +72,6 @@ class VisionEncoder(nn.Module):
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
     def forward(self, tiles, dtype):
-        """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` per patch, row by row."""
         x = normalize(tiles, dtype)
         x = F.conv2d(x, self.patch.weight.to(dtype), self.patch.bias.to(dtype), stride=self.patch.stride)
         x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)

@@ -1,6 +1,6 @@
 """How much memory does a step take? Computed from tensors' sizes alone, at InternVL2-1B's full shape, without its weights.
 
-    python tests/bench_memory.py                    the table: what trains x tiles, bfloat16 as on a GPU
+    python tests/bench_memory.py                    the table: trainable parts x tiles, bfloat16 as on a GPU
     python tests/bench_memory.py check --tiles 1    the same count beside real steps of a small number of blocks, on a CPU
     python tests/bench_memory.py runs --model FOLDER --data FOLDER      20 real steps of every mode and recipe
 

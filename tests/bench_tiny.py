@@ -2,7 +2,7 @@
 
     python tests/bench_tiny.py layouts [--model tiny]           exact match a layout, on the right page and on the wrong one
     python tests/bench_tiny.py domains [--steps 800]            projector-only training on every domain, and what it forgets
-    python tests/bench_tiny.py modes --steps 250                what trains, compared on one domain; runs into runs/modes
+    python tests/bench_tiny.py modes --steps 250                trainable parts, compared on one domain; runs into runs/modes
     python tests/bench_tiny.py beyond                           pages off the grid that the base was made on, read as it is
 
 All pages are of the split "test": neither they nor their values occur in training. Not collected by pytest.
@@ -92,7 +92,7 @@ def domains(settings):
               f"{first['val_loss']:.2f} → {last['val_loss']:.3f} | {kept:.2f} | {seconds:.0f} |", flush=True)
 
 
-MODES = {                               # what trains -> its flags; the learning rates are train.py's defaults for --tiny
+MODES = {                               # trainable parts -> their flags; the learning rates are train.py's defaults for --tiny
     "projector": "projector",
     "LoRA on the LLM": "lora",
     "projector and LoRA on the LLM": "projector,lora",
@@ -126,7 +126,7 @@ def modes(settings):
             print(f"| {mode} | {count:,} | " + " | ".join(cells) + " |", flush=True)
         axes.set(xlabel="step", title=f"{domain} pages, three seeds", yscale="log")
         axes.grid(alpha=0.3)
-    all_axes[0, 0].set_ylabel("validation loss per answer token (nats)")
+    all_axes[0, 0].set_ylabel("validation loss per answer token")
     all_axes[0, 0].legend()
     figure.savefig(ROOT / "assets" / "modes.png", dpi=110)
 

@@ -89,7 +89,7 @@ def main():
     box(2, 27, 19, 7, "system turn,\nuser header", PLAIN)
     box(22, 27, 34, 7, f"<img> {tokens * n:,} image tokens </img>", TRAINABLE)
     box(58, 27, 24, 7, "What is the date?", PLAIN)
-    box(82.6, 27, 18, 7, "January 8, 1993.", IN_LOSS)
+    box(82.6, 27, 18, 7, "January 8, 1993", IN_LOSS)
     box(103, 27, 20, 7, "What is the total?", PLAIN)
     box(123.6, 27, 12, 7, "$19.50", IN_LOSS)
     axes.plot([117.5, 117.5, 39], [46.6, 37.4, 37.4], color="#555555", linewidth=1.2)

@@ -227,7 +227,7 @@ def main():
                 show(content, folder) if source in (configs, weights, tokenizers) else show(content)
             except InputError:
                 told["refused"] += 1
-            except BaseException as error:                          # whatever it is, it is told
+            except BaseException as error:                          # whatever it is, it is reported
                 told["escaped"].append(f"{source.__name__}, {name}: {type(error).__name__}: {error}"[:300])
             seconds = time.perf_counter() - started
             told["count"] += 1

@@ -30,11 +30,11 @@ def mixed_rows(pages, seed=0, first=0):
     return rows
 
 
-def write_split(folder, split, rows, shards=2):
+def write_split(folder, split, rows, shards=2, image="image"):
     """Write rows as data/{split}-0000x-of-0000y.parquet in a folder that load_dataset reads."""
     import datasets
     features = {name: datasets.Value("string") for name in rows[0]}
-    features |= {"image": datasets.Image(), "answers": datasets.List(datasets.Value("string"))}
+    features |= {image: datasets.Image()} | ({"answers": datasets.List(datasets.Value("string"))} if image == "image" else {})
     features |= {name: datasets.Value("int32") for name in ("questionId", "docId") if name in rows[0]}
     (folder / "data").mkdir(parents=True, exist_ok=True)
     size = -(-len(rows) // shards)

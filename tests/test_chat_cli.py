@@ -45,10 +45,10 @@ def page(tmp_path):
 def test_answers_and_their_speed(talk, page, tiny):
     out, err, chat = talk(f"/image {page}", "What?", "", "And?", "/settings max_new_tokens 3", "Why?")
     assert out.splitlines() == [turn.answer for turn in chat.turns] and len(chat.turns) == 3
-    assert "image 1: 128 x 128 pixels, 1 tiles" in err and "max_new_tokens 3" in err
-    stats = re.findall(r"\[1 tiles, [\d,]+ tokens, [\d,]+ of them new; first token after [\d.]+ s(, then [\d.]+ per second)?\]", err)
+    assert "image 1: 128 x 128, 1 tile\n" in err and "max_new_tokens 3" in err
+    stats = re.findall(r"\[1 tile, [\d,]+ tokens, [\d,]+ of them new; first token after [\d.]+ s(, then [\d.]+ per second)?\]", err)
     assert [bool(rate) for rate in stats] == [True, True, False]            # of three tokens there is no rate
-    assert err.startswith("Ask; /help lists the commands")
+    assert err.startswith("Ask a question; /help lists commands")
 
 
 def test_every_command_is_in_help_and_quit_exit_and_the_end_of_input_end_it(talk):
@@ -64,25 +64,43 @@ def test_every_command_is_in_help_and_quit_exit_and_the_end_of_input_end_it(talk
 def test_a_mistake_gets_a_line_and_the_chat_goes_on(talk):
     lines = ["/jump", "/image", "/video -", "/image nowhere.png", "/undo", "/settings seed x", "/settings width 3", "/help me"]
     out, err, chat = talk(*lines, "/etc/hosts?", "/ what", "/Undo")
-    for message in ("/jump: not a command; there are /image PATH|URL, /video PATH, /undo", "give a path", "cannot read nowhere.png",
+    for message in ("/jump: not a command; there are /image PATH|URL, /video PATH, /undo", "give a path", "nowhere.png: no such file",
                     "no question to take back", "seed: invalid literal", "width: not a setting"):
         assert message in err
     assert [turn.question for turn in chat.turns] == ["/etc/hosts?", "/ what", "/Undo"]    # no commands: questions
-    for line in lines[:-1]:
-        with pytest.raises(InputError):
+
+
+def test_without_a_terminal_too_the_chat_goes_on_after_a_mistake(talk, page, capsys):
+    """Each mistake gets its line; at the end, not before, the command fails."""
+    for line in ("/jump", "/image", "/video -", "/image nowhere.png", "/undo", "/settings seed x", "/settings width 3"):
+        with pytest.raises(InputError, match="1 line of standard input could not be used; see above"):
             talk(line, typed=False)
+    with pytest.raises(InputError, match="2 lines"):
+        talk("/image nowhere.png", f"/image {page}", "What?", "word " * 10_000, "And?", typed=False)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "nowhere.png: no such file\n" in err and "exceed the model's 2048" in err
 
 
 def test_undo_and_clear(talk, page):
     _, err, chat = talk(f"/image {page}", "A?", "B?", "/undo", "/undo")
-    assert "question taken back; questions left: 1\n" in err and "questions left: 0; its images wait" in err and len(chat.waiting) == 1
+    assert "question taken back; 1 question left\n" in err and "0 questions left; its images wait" in err and len(chat.waiting) == 1
     assert not talk("/clear", chat=chat)[2].pictures
+
+
+def test_remarks_come_before_the_answer(tiny, monkeypatch):
+    printed, chat = [], tiny.chat(max_new_tokens=6)
+    monkeypatch.setattr(chat_cli, "log", lambda text: printed.append("log"))
+    monkeypatch.setattr(chat_cli, "show", lambda text, end="": printed.append("show"))
+    for question in ("A?", "B?"):
+        answer_one(chat, question)
+        assert printed[0] == "log" and set(printed[1:]) == {"show"}
+        printed.clear()
 
 
 def test_the_embedded_model_and_a_question_without_an_image_are_remarked_on(talk, page, tiny, tmp_path):
     _, err, _ = talk("A?", "B?", "C?")
     assert err.count("no image: text only") == 1 and err.count("the embedded model answers single questions only") == 1
-    assert err.index("no image") < err.index("single questions")
+    assert err.index("no image") < err.index("single questions only: type /undo before each new question")
     assert "no image" not in talk(f"/image {page}", "A?")[1] and "single" not in talk("A?", "/undo", "B?")[1]
     tiny.folder = tmp_path
     assert "single" not in talk("A?", "B?")[1]

@@ -13,16 +13,7 @@ from conftest import ROOT
 from hub import serve
 from small_data import mixed_rows, page_rows, write_dataset, write_split
 
-from data import (
-    INSTRUCTION,
-    Page,
-    PageDataset,
-    group_by_length,
-    group_rows_into_pages,
-    load_examples,
-    page_blocks,
-    prefetch,
-)
+from data import Page, PageDataset, group_by_length, group_rows_into_pages, load_examples, page_blocks, prefetch
 from extras.sources import count_rows, open_rows
 from model import InputError
 from model.images import load_image
@@ -34,7 +25,7 @@ def row(page, question, image=b"x"):
 
 
 def names(pages):
-    return [(page.name, [question.removesuffix(INSTRUCTION) for question in page.questions]) for page in pages]
+    return [(page.name, page.questions) for page in pages]
 
 
 def test_questions_of_a_page_are_gathered_in_order_of_first_appearance():
@@ -51,10 +42,10 @@ def test_every_row_is_in_one_page_whatever_the_block():
     for block_rows in (1, 2, 5, 40, 1000):
         rows = [row(draw.randrange(60), i) for i in range(400)]
         blocks = list(page_blocks(rows, shuffle=False, block_rows=block_rows))
-        questions = [int(q.removesuffix(INSTRUCTION)) for page in flat(blocks) for q in page.questions]
+        questions = [int(q) for page in flat(blocks) for q in page.questions]
         assert sorted(questions) == list(range(400)) and len(blocks) == -(-400 // block_rows)
         for number, pages in enumerate(blocks):
-            of_block = [[int(q.removesuffix(INSTRUCTION)) for q in page.questions] for page in pages]
+            of_block = [[int(q) for q in page.questions] for page in pages]
             assert sorted(sum(of_block, [])) == list(range(400))[number * block_rows:(number + 1) * block_rows]
             assert of_block == sorted(sorted(page) for page in of_block)        # pages in the order of their first row
 
@@ -111,7 +102,7 @@ def test_the_first_answer_is_in_the_loss_as_written():
     rows = [row("a", "what is the pH of BHT") | {"answers": ["pH 7 of bht", "PH 7"]}, row("a", "none") | {"answers": []},
             row("a", "null") | {"answers": None}, row("a", "empty") | {"answers": [""]}, row("a", "hollow") | {"answers": [None]}]
     [page] = group_rows_into_pages(rows)
-    assert page.questions == ["what is the pH of BHT Answer the question using a single word or phrase."]
+    assert page.questions == ["what is the pH of BHT"] and page.instruction == " Answer the question using a single word or phrase."
     assert page.answers == ["pH 7 of bht"] and page.unanswered == 4 and page.rows == 5
 
 
@@ -192,10 +183,15 @@ def test_every_question_of_every_receipt_is_found(receipts):
 
 def test_rows_stream_from_the_hub(tmp_path):
     write_dataset(tmp_path / "datasets" / "zhangfaen" / "DocumentVQA", train_pages=6)
+    other = [{"query": row["question"], "label": row["answers"][0], "img": row["image"]} for row in mixed_rows(5)]
+    write_split(tmp_path / "datasets" / "some" / "other", "train", other, image="img")
     code = ("from data import *; from extras.sources import *; d = 'zhangfaen/DocumentVQA'\n"
             "print(len(list(group_rows_into_pages(open_rows(d, 'train')))), count_rows(open_rows(d, 'train'), d))\n"
             "for name, split in ((d, 'dev'), ('zhangfaen/Other', 'train')):\n"
             "    try: open_rows(name, split)\n"
+            "    except InputError as error: print(error)\n"
+            "for columns in ('question=query,answers=label,image=img', 'question=query'):\n"
+            "    try: print([p.questions for p in group_rows_into_pages(open_rows('some/other', 'train', columns=columns))])\n"
             "    except InputError as error: print(error)")
     with serve(tmp_path) as address:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -203,6 +199,8 @@ def test_rows_stream_from_the_hub(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[0] == f"6 {len(mixed_rows(6))}", done.stderr
     assert "cannot read the split 'dev'" in lines[1] and "neither a local folder nor a data set on the Hub" in lines[2]
+    assert lines[3] == str([page.questions for page in group_rows_into_pages(mixed_rows(5))])
+    assert "some/other: no column image, answers (found: query, label, img);" in lines[4]
 
 
 def test_data_that_cannot_be_used_is_refused(tmp_path):
@@ -212,7 +210,7 @@ def test_data_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot read the split 'validation'.*--eval-every 0"):
         open_rows(str(tmp_path), "validation")
     write_split(tmp_path / "b", "train", [{"text": "a", "image": r["image"], "answers": r["answers"]} for r in page_rows(1)], 1)
-    with pytest.raises(InputError, match=r"no column question \(found: text, image, answers\)"):
+    with pytest.raises(InputError, match=r"no column question \(found: text, image, answers\); .* --columns question=\.\.\.,"):
         open_rows(str(tmp_path / "b"), "train")
     with pytest.raises(InputError, match="holds no rows"):
         list(page_blocks([]))

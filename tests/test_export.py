@@ -201,9 +201,10 @@ def test_adapters_that_do_not_fit_are_refused(make_run, export, message, change)
         InternVL.from_pretrained(folder, "cpu")
 
 
-def test_what_is_no_adapter_is_not_exported_as_one(make_run, tmp_path, capsys, monkeypatch):
-    run = make_run("--tiny", "--train", "projector,llm", "--lr", "1e-3")
-    assert "write it with --format official" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "out", "--format", "peft")
+@pytest.mark.parametrize("parts", ["projector", "projector,llm"])
+def test_what_is_no_adapter_is_not_exported_as_one(make_run, tmp_path, capsys, monkeypatch, parts):
+    run = make_run("--tiny", "--train", parts, "--lr", "1e-3")
+    assert f"this run has --train {parts}: use --format official or transformers" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "out", "--format", "peft")
 
 
 def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_tokens(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Files of every format become the same pages; every mistake in them is told with its line; check and show tell the truth."""
+"""Files of every format become the same pages; every mistake in them is reported with its line; check and show agree with the run."""
 import collections
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_a_file_gives_the_pages_of_the_hub_layout(receipts, tmp_path):
         pages = pages_of(file)
         assert len(pages) == len(hub) == 24, name
         for page, other in zip(pages, hub):
-            assert [question + INSTRUCTION for question in page.questions] == other.questions and page.answers == other.answers
+            assert (page.questions, page.answers) == (other.questions, other.answers) and (page.instruction, other.instruction) == ("", INSTRUCTION)
             assert open(page.images[0], "rb").read() == other.images[0]
 
 
@@ -233,11 +233,15 @@ def chat(*said, **more):
     return {"conversations": [{"from": who, "value": text} for who, text in said], **more}
 
 
+def said(content):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "This."}]}
+
+
 Q, A = ("human", "What?"), ("gpt", "This.")
 IMAGE_Q = ("human", "<image>\nWhat?")
-MALFORMED = [                           # a line, and what is told of it
-    ("{", "no JSON"), ('{"a": 1,}', "no JSON"), ("nonsense", "no JSON"), ('{"query": "a" "response": "b"}', "no JSON"), ("{'query': 'a'}", "no JSON"),
-    ('{"query": "a", "response": "b"', "no JSON"), ('{"query": "a", "response": "b"}}', "no JSON"),
+MALFORMED = [                           # a line, and what is reported about it
+    ("{", "not JSON"), ('{"a": 1,}', "not JSON"), ("nonsense", "not JSON"), ('{"query": "a" "response": "b"}', "not JSON"), ("{'query': 'a'}", "not JSON"),
+    ('{"query": "a", "response": "b"', "not JSON"), ('{"query": "a", "response": "b"}}', "not JSON"),
     (5, "5; expected an object"), ("null", "missing; expected an object"), ('"text"', '"text"; expected an object'), (True, "true; expected an object"),
     ({}, "none of the keys conversations, messages, query, food_meta, question (found: none)"), ({"text": "x"}, "(found: text)"),
     ({"instruction": "x", "output": "y"}, "(found: instruction, output)"),
@@ -249,7 +253,7 @@ MALFORMED = [                           # a line, and what is told of it
     (chat(Q, ("robot", "x")), 'turn 2 is from "robot"; expected one of human'), (chat((5, "x"), A), "turn 1 is from 5"),
     (chat((None, "x"), A), "turn 1 is from missing"), (chat(A, Q), "gpt speaks where a question is expected"),
     (chat(Q, Q, A), "human speaks where an answer is expected"), (chat(Q, A, A), "gpt speaks where a question is expected"),
-    (chat(Q), "the last turn is no answer"), (chat(Q, A, Q), "the last turn is no answer"), (chat(("system", "x")), "the last turn is no answer"),
+    (chat(Q), "the last turn is not an answer"), (chat(Q, A, Q), "the last turn is not an answer"), (chat(("system", "x")), "the last turn is not an answer"),
     (chat(Q, ("system", "x"), A), "system speaks where an answer is expected"),
     (chat(("human", " "), A), "an empty question"), ({"query": "", "response": "x"}, "an empty question"), ({"question": "", "answer": "x"}, "an empty question"),
     (chat(Q, ("gpt", "")), "an empty answer"), (chat(Q, ("gpt", " \n")), "an empty answer"), (chat(Q, ("gpt", None)), "turn 2 is missing; expected text"),
@@ -259,10 +263,16 @@ MALFORMED = [                           # a line, and what is told of it
     ({"query": "x", "response": "y", "history": "z"}, 'turns are "z"'), ({"query": "x", "response": "y", "history": [["z"]]}, 'turn 1 is ["z"]; expected [question, answer]'),
     (chat(IMAGE_Q, A), "1 <image> and 0 images"), (chat(("human", "<image><image>"), A, image="page 0.png"), "2 <image> and 1 images"),
     (chat(IMAGE_Q, A, image=["page 0.png", "page 1.png"]), "1 <image> and 2 images"), (chat(Q, A, image=5), "image is [5]; expected a path"),
-    (chat(Q, A, image=[""]), 'image is [""]'), (chat(Q, A, image={"path": "x"}), 'image is [{"path": "x"}]'), (chat(("human", "<img></img>x"), A), "an <img></img> without a path"),
-    (chat(IMAGE_Q, A, image="nowhere.png"), "nowhere.png as an image"), (chat(IMAGE_Q, A, image="broken.png"), "broken.png as an image"),
+    (chat(Q, A, image=[""]), 'image is [""]'), (chat(Q, A, image={"file": "x"}), 'image is [""]'), (chat(Q, A, image={"path": "lost.png"}), "lost.png: no such file"),
+    (chat(Q, A, image="data:image/png;base64,iVBORw0KGgo="), 'an image inside the row, "data:image/png;base64,iVBORw0KGgo="; write it to a file'),
+    (said([{"type": "video", "video": "x.mp4"}, {"type": "text", "text": "What?"}]), "KeyError: 'video'"),
+    (said([{"type": "image"}, {"type": "text", "text": "What?"}]), "1 <image> and 0 images"),
+    (said([{"type": "image_url", "image_url": {"url": "gone.png"}}, {"type": "text", "text": "What?"}]), "gone.png: no such file"),
+    (said([{"text": "What?"}]), "KeyError: 'type'"),
+    (chat(("human", "<img></img>x"), A), "an <img></img> without a path"),
+    (chat(IMAGE_Q, A, image="nowhere.png"), "nowhere.png: no such file"), (chat(IMAGE_Q, A, image="broken.png"), "broken.png as an image"),
     (chat(IMAGE_Q, A, image="cut.png"), "cut.png as an image"), (chat(IMAGE_Q, A, image="."), "as an image"),
-    (chat(("human", "<img>nowhere.png</img>x"), A), "nowhere.png as an image"), (chat(IMAGE_Q, A, image="http://127.0.0.1:9/x.png"), "http://127.0.0.1:9/x.png"),
+    (chat(("human", "<img>nowhere.png</img>x"), A), "nowhere.png: no such file"), (chat(IMAGE_Q, A, image="http://127.0.0.1:9/x.png"), "http://127.0.0.1:9/x.png"),
     (chat(Q, A, video="x.mp4"), "a video; only images are read"),
     ({"question": "x"}, "answers are missing; expected a text or a list"), ({"question": "x", "answers": []}, "answers are []"), ({"question": "x", "answer": 5}, "answers are 5"),
     ({"question": "x", "food_meta": {}, "choices": ["a"], "answer": "3", "food_name": "y"}, "IndexError"), ({"question": "x", "food_meta": {}}, "KeyError: 'choices'"),
@@ -287,7 +297,7 @@ def test_every_malformed_line_is_told_with_its_line_and_reason(asked, tmp_path, 
     assert f"{len(MALFORMED)} wrong; {2 * len(MALFORMED)} rows" in summary
 
 
-def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypatch):
+def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, capsys, monkeypatch):
     """It returns its turns and its images, whatever their keys; where no place is written they come first, as elsewhere."""
     folder, _ = asked
     monkeypatch.setitem(FORMATS, "ask", lambda entry: ([("user", entry["ask"]), ("assistant", entry["say"])], entry["about"]["file"]))
@@ -297,6 +307,37 @@ def test_a_format_of_ones_own_is_one_entry_in_formats(asked, tmp_path, monkeypat
     for name, rows in (("own", own), ("usual", usual)):
         (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
     assert contents(pages_of(tmp_path / "own.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
+    for name in ("own", "usual"):                               # and it is trained and validated on
+        flags = ("--tiny", "--data", tmp_path / f"{name}.jsonl", "--eval-data", tmp_path / f"{name}.jsonl", "--steps", 1, "--max-tiles", 4)
+        assert call(train, capsys, monkeypatch, *flags, "--out", tmp_path / name)[0] == 0
+    for file in ("model.safetensors", "samples.jsonl"):
+        own, usual = ((tmp_path / name / file).read_bytes() for name in ("own", "usual"))
+        assert own.replace(b"own.jsonl", b"usual.jsonl") == usual
+
+
+def test_a_key_of_ones_own_may_stand_beside_the_usual_ones_if_its_entry_comes_first(monkeypatch):
+    row = {"question": "What?", "image": "a.png", "better": "B."}
+    own = {"better": lambda entry: ([("user", entry["question"]), ("assistant", entry["better"])], entry["image"])}
+    monkeypatch.setattr("extras.formats.FORMATS", own | FORMATS)
+    assert read_entry(row)["turns"] == [("What?", "B.")] and read_entry({"question": "What?", "answer": "A."})["turns"] == [("What?", "A.")]
+
+
+def test_content_in_parts_and_images_as_objects_are_read_as_the_usual_row(asked, tmp_path):
+    folder, _ = asked
+    a, b = (str(folder / f"page {i}.png") for i in (0, 1))
+    text = {"type": "text", "text": "What?"}
+    usual = [{"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}], "image": a}] * 6
+    parts = [said([{"type": "image_url", "image_url": {"url": a}}, text]), said([{"type": "image_url", "image_url": a}, text]),
+             said([{"type": "image", "image": a}, text]), said([{"type": "image", "path": a}, text]),
+             said([{"type": "image", "text": None}, text]) | {"images": [{"bytes": None, "path": a}]},
+             {"question": "What?", "answer": "This.", "images": [{"path": a}]}]
+    parts[0]["messages"][1]["content"] = [{"type": "text", "text": "This."}]
+    usual.append({"conversations": [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "This."}], "image": [a, b]})
+    parts.append(said([{"type": "text", "text": "Is "}, {"type": "image", "image": a}, {"type": "text", "text": " like "}, {"type": "image", "image": b},
+                       {"type": "text", "text": "?"}]))
+    for name, rows in (("parts", parts), ("usual", usual)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl(rows))
+    assert contents(pages_of(tmp_path / "parts.jsonl")) == contents(pages_of(tmp_path / "usual.jsonl"))
 
 
 def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, capsys, monkeypatch):
@@ -311,11 +352,11 @@ def test_a_row_of_a_format_of_ones_own_that_lacks_a_key_is_told_too(tmp_path, ca
     ('[\n {"query": "a", "response": "b"},\n {"query": "a"}\n]', ": entry 2", "turn 2 is missing"),
     ('[{"query": "a", "response": "b"}, {"query": "a"}]', ": entry 2", "turn 2 is missing"),
     ('[\n {"query": "a", "response": "b"}\n {"query": "a"}\n]', ":3", "Expecting ',' delimiter"),
-    ('[\n {"query": "a", "response": "b"},\n]', ":3", "no JSON"), ('[\n {"query": "a", "response": "b"},\n', ":3", "no JSON"),
-    ('[{"query": "a", "response": "b"},\n {"query": "a"', ":2", "no JSON"),
+    ('[\n {"query": "a", "response": "b"},\n]', ":3", "not JSON"), ('[\n {"query": "a", "response": "b"},\n', ":3", "not JSON"),
+    ('[{"query": "a", "response": "b"},\n {"query": "a"', ":2", "not JSON"),
     ('[\n {"query": "a", "response": "b"}\n]\nmore', ":4", "Extra data"), ("", ":1", "no rows"), ("\n\n", ":1", "no rows"), ("[\n]", ":1", "no rows"),
-    ("[" * 100_000, ":1", "no JSON"),
-    ('{\n "a": {"root": "x"}\n "b": 1}', ":3", "no JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', ": x", "annotation"),
+    ("[" * 100_000, ":1", "not JSON"),
+    ('{\n "a": {"root": "x"}\n "b": 1}', ":3", "not JSON"), ('{\n "x": {"annotation": "no.jsonl"}\n}', ": x", "annotation"),
     ('{"x": {"annotation": "ok.jsonl"},\n "y": 5}', ": y", "5; expected an object"), ('{\n\n"x": {"annotation": 5}}', ": x", "annotation is 5; expected a file"),
     ('{"x": {"annotation": "ok.jsonl", "repeat_time": "2"}}', ": x", 'repeat_time is "2"'), ('{"x": {"annotation": "ok.jsonl", "repeat_time": 0}}', ": x", "above 0"),
     ('{"x": {"annotation": "ok.jsonl", "repeat_time": true}}', ": x", "above 0"), ('{"x": {"annotation": "ok.jsonl", "root": 5}}', ": x", "root is 5"),
@@ -330,6 +371,7 @@ def test_lists_and_mixtures_name_the_entry_and_broken_json_its_line(tmp_path, ca
     status, out, _ = call(data, capsys, monkeypatch, "check", tmp_path / "a.json")
     assert status == 1 and out.splitlines()[0].startswith(f"{tmp_path / 'a.json'}{place}: ") and reason in out, out
     if "length" not in reason:
+        monkeypatch.setattr(train, "load_model", None)                  # a bad row is refused before
         assert f"a.json{place}: " in refuses(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "a.json", "--out", tmp_path / "run")
 
 
@@ -343,7 +385,7 @@ def test_check_finds_nothing_wrong_with_right_files(files, asked, capsys, monkey
 
 
 def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeypatch):
-    """Tiles as `infer.py --show` draws them, tokens branch by branch, those in the loss in brackets."""
+    """Tiles as `infer.py --show` draws them, tokens question by question, those in the loss in brackets."""
     picture = tmp_path / "tiles.png"
     status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
@@ -356,10 +398,11 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
         assert text in out.replace("|<|", "<|").replace("|>|", "|>").replace("⏎|", "⏎").replace("|", "").replace("<im_end>", "<|im_end|>").replace(
             "<im_start>", "<|im_start|>")
-    assert f"<IMG_CONTEXT> x {n * 64}" in out
+    assert f"<IMG_CONTEXT> x {n * 64}" in out and "branch" not in out
+    assert "\nprefix, shared by all questions: " in out and f"\nquestion 1 of {len(page.questions)}: " in out
     assert out.splitlines()[-1] == f"{len(example.prompt.ids)} tokens, {n * 64} of them from images, {example.answer_tokens} in the loss"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert "has no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
+    assert "no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"
     assert f"{gone}: cannot be written" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--model", "tiny",
                                                      "--out", gone)

@@ -26,9 +26,11 @@ def test_unreadable_images_are_refused_in_one_line(tmp_path):
     for bad in (b"", b"not an image", page[:2000]):
         with pytest.raises(InputError, match="cannot read page 7 as an image"):
             load_image(bad, name="page 7")
-    for path in (tmp_path / "nowhere.png", tmp_path, "x" * 5000, "nul\0.png"):
+    for path in (tmp_path, "x" * 5000, "nul\0.png"):
         with pytest.raises(InputError, match="cannot read page 8 as an image"):
             load_image(path, name="page 8")
+    with pytest.raises(InputError, match="nowhere.png: no such file"):
+        load_image(tmp_path / "nowhere.png")
 
 
 def test_an_image_is_read_as_a_viewer_shows_it():

@@ -75,7 +75,7 @@ def test_without_an_image_a_remark_says_so(folder, page, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [("What", "is it?"), ("What", "--json", "is it?"), ("--image", "x.png", "What", "is", "it?")])
 def test_two_questions_are_one_line(capsys, monkeypatch, flags):
-    assert "one QUESTION; quote it, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
+    assert "give one QUESTION, in quotes, or use --questions FILE" in refuses(infer, capsys, monkeypatch, *flags)
     assert "unrecognized arguments: --imge" in refuses(infer, capsys, monkeypatch, "--imge", "x.png", *flags)
 
 
@@ -139,9 +139,9 @@ def test_a_folder_is_asked_page_by_page_and_resumed(folder, ask, page, tmp_path,
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:1]) + b'{"question": "Wha')          # interrupted
     ask(*flags)
     assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
-    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
+    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
     (scans / "1.png").rename(scans / "3.png")                                                   # the same question about other images
-    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
 
 
 def test_answers_to_a_file_of_questions_name_their_images_and_are_resumed(folder, ask, page, tmp_path, capsys, monkeypatch):
@@ -154,7 +154,7 @@ def test_answers_to_a_file_of_questions_name_their_images_and_are_resumed(folder
     ask("--questions", asked, "--out", out)
     assert out.read_bytes() == before                                       # nothing was left to answer
     out.write_text(json.dumps({"question": "What?", "answer": "about which images?"}) + "\n")
-    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked, "--out", out)
+    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked, "--out", out)
 
 
 def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):
@@ -217,11 +217,13 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "cannot read nowhere.png"), ("/jump", "/jump: not a command; there are /image PATH|URL, /video PATH, /undo, /clear, /settings [NAME VALUE], /help, /quit"),
+    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "nowhere.png: no such file"), ("/jump", "/jump: not a command; there are /image PATH|URL, /video PATH, /undo, /clear, /settings [NAME VALUE], /help, /quit"),
     ("/settings width 3", "width: not a setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
-    assert message in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", stdin=line)
+    status, out, err = call(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", stdin=line)
+    first, last = err.splitlines()
+    assert status == 2 and not out and message in first and last.endswith("1 line of standard input could not be used; see above")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -265,7 +267,7 @@ def test_an_image_comes_from_an_address(ask, page, web):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--image", "nowhere.png", "What?"), "cannot read nowhere.png as an image"),
+    (("--image", "nowhere.png", "What?"), "nowhere.png: no such file"),
     (("--image", "README.md", "What?"), "cannot read README.md as an image"),
     (("--allow-private", "--image", "WEB/missing.png", "What?"), "cannot be fetched (HTTP Error 404"),
     (("--allow-private", "--image", "WEB/endless", "What?"), "more than 50,000,000 bytes"),
@@ -331,7 +333,14 @@ def test_questions_may_be_a_json_list(ask, page, tmp_path):
 def test_a_bad_line_of_questions_is_named(folder, tmp_path, capsys, monkeypatch):
     for bad in ("{", '["x"]', '{"images": []}', '{"question": "x", "images": [3]}', '{"question": 5}', "null", "{}", '{"question": " "}'):
         (tmp_path / "q.jsonl").write_text('{"question": "fine"}\n' + bad + "\n")
-        assert "q.jsonl:2: not a question" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")
+        line = refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")
+        assert "q.jsonl:2: not a question" in line and "Error" not in line
+
+
+def test_rows_for_training_are_no_questions(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "conversations": [["What?", "This."]]}\n')
+    line = refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", tmp_path / "q.jsonl")
+    assert 'q.jsonl:1: not a question (no "question" in {"image": "a.png"' in line and "rows for training go to --evaluate" in line
 
 
 # -------------------------------------------------------------------------------------------------------- whole splits
@@ -343,7 +352,8 @@ def split(tmp_path):
 
 def test_a_split_gets_the_same_predictions_in_any_batch_as_one_by_one(ask, split, tmp_path, tiny):
     for batch in (1, 3):
-        ask("--evaluate", split, "--predictions", tmp_path / f"{batch}.json", "--batch", batch)
+        printed = ask("--evaluate", split, "--predictions", tmp_path / f"{batch}.json", "--batch", batch)
+        assert "--max-tiles 12 " in printed and "None" not in printed and "False" not in printed
     rows, predictions = mixed_rows(5, first=1000), json.loads((tmp_path / "1.json").read_text())
     assert (tmp_path / "1.json").read_text() == (tmp_path / "3.json").read_text()
     assert all(list(line) == ["questionId", "answer"] for line in predictions)
@@ -371,8 +381,8 @@ def test_an_interrupted_evaluation_is_resumed(ask, split, tmp_path, monkeypatch,
     assert status == 0 and len(calls) == 5 and out == table                 # each of the five pages was answered once
     assert (tmp_path / "p.json").read_text() == (tmp_path / "whole.json").read_text()
     assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
-    assert "begun with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
-    assert "not to the first of these questions" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+    assert "started with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
+    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
 
 
 def test_predictions_that_cannot_be_written_are_one_line(folder, split, tmp_path, capsys, monkeypatch):

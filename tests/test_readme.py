@@ -9,7 +9,7 @@ from conftest import ROOT
 from extras import check
 
 ENGLISH, CHINESE = "README.md", "README.zh.md"
-MANUALS = ("extras/README.md", "tests/README.md", "model/README.md", "model/tiny/README.md", "tests/modes.md", "tests/exercises/README.md")
+MANUALS = ("extras/README.md", "tests/README.md", "model/README.md", "model/tiny/README.md", "tests/exercises/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (ENGLISH, CHINESE, *MANUALS)}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PHRASES = ("is told", "gone on with", "of like size", "makes nothing of", "the wish to", "doubts about", "what trains")    # issue 17

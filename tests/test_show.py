@@ -5,7 +5,8 @@ import torch
 from PIL import Image, ImageChops
 from reference import page_prompt, reference_model, reference_pixels
 
-from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens
+from data import Page, PageDataset
+from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens, show_example
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
 
@@ -39,6 +40,13 @@ def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, m
     assert "\x1b" not in text and "?|\N{REPLACEMENT CHARACTER}|[|2|J" in text
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "|".join(runs_of_tokens(prompt, at, tiny.tokenizer)) == text.replace("[你", "\033[1;32m[你").replace("|>]", "|>]\033[0m")
+
+
+def test_turns_that_follow_each_other_are_shown_as_one_conversation(tiny, tmp_path, capsys):
+    dataset = PageDataset(tiny)
+    show_example(dataset[Page("p", [], ["A?", "B?"], ["a", "b"], follows={1})], dataset, tmp_path / "none.png")
+    out = capsys.readouterr().out
+    assert "\nconversation 1 of 1: " in out and "[a|<|im_end|>]" in out and "[b|<|im_end|>]" in out
 
 
 def test_attention_is_what_the_reference_tells(tiny):

@@ -17,8 +17,9 @@ from reference import loss_of
 from safetensors.torch import load_file, save_file
 from small_data import mixed_rows, write_dataset, write_split
 
-from data import group_rows_into_pages, page_blocks
+from data import Example, Page, group_rows_into_pages, page_blocks
 from extras import evaluate
+from extras.run_folder import SkipLog
 from model import InternVL
 from model.checkpoint import TINY
 from model.names import official_name
@@ -111,7 +112,7 @@ def test_pages_cut_by_the_edge_of_a_block_are_counted_at_the_end(folder, dataset
     flags = "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0, "--max-tiles", 4, "--eval-every", 0, "--epochs", 1
     outputs = [call(train, capsys, monkeypatch, *flags, "--look-ahead", rows, "--out", tmp_path / str(rows))[1] for rows in (3, 2048)]
     cut = sum(page.cut for page in chain.from_iterable(page_blocks(mixed_rows(12), block_rows=3)))
-    assert cut > 0 and f"{cut} pages since this start are the second part" in outputs[0] and "second part" not in outputs[1]
+    assert cut > 0 and f"; {cut} pages split in two by the edge of a block" in outputs[0] and "split in two" not in outputs[1]
 
 
 def test_steps_and_epochs_end_the_run_at_the_first_one_reached(fit):
@@ -207,14 +208,33 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     status, _, err = call(train, capsys, monkeypatch, "--resume", run, "--steps", 3)
     assert status == 0 and [line["step"] for line in training(run)] == [1, 2, 3], err
     assert json.loads((run / "settings.json").read_text())["steps"] == 3
+    settings = (run / "settings.json").read_bytes()
     assert "nothing to do" in refuses(train, capsys, monkeypatch, "--resume", run)
-    assert "not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--train", "llm")
-    assert "--lora-rank 8: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--lora-rank", 8)
-    assert "--seed 5: not what the run trains" in refuses(train, capsys, monkeypatch, "--resume", run, "--seed", 5)
+    assert "the run began with another value" in refuses(train, capsys, monkeypatch, "--resume", run, "--train", "llm")
+    assert "--lora-rank 8: the run began with another value" in refuses(train, capsys, monkeypatch, "--resume", run, "--lora-rank", 8)
+    assert "--seed 5: the run began with another value" in refuses(train, capsys, monkeypatch, "--resume", run, "--seed", 5)
     assert "nothing to do after step 3" in refuses(train, capsys, monkeypatch, "--resume", run, "--steps", 1)
+    assert (run / "settings.json").read_bytes() == settings
     assert "continues in its own folder" in refuses(train, capsys, monkeypatch, "--resume", run, "--out", "elsewhere")
     assert "nowhere: not found" in refuses(train, capsys, monkeypatch, "--resume", run, "--model", "nowhere")
     assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
+
+
+def test_a_rate_beside_resume_leaves_the_other_parts_at_theirs(tmp_path, monkeypatch):
+    settings = {"model": "tiny", "seed": 0, "from_scratch": False, "train": "projector,llm"}
+    for before, typed, after in (("projector=0.01,llm=0.001", "llm=1e-4", "projector=0.01,llm=0.0001"), (0.01, "llm=1e-4", "projector=0.01,llm=0.0001"),
+                                 ("projector=0.01,llm=0.001", "llm=1e-2", 0.01), ("projector=0.01,llm=0.001", "1e-4", 1e-4)):
+        (tmp_path / "settings.json").write_text(json.dumps(settings | {"lr": before}))
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), "--lr", typed])
+        assert train.parse_args().lr == after
+
+
+def test_a_page_that_every_epoch_skips_is_counted_once():
+    skips = SkipLog()
+    for epoch in range(3):
+        for name in "ab":
+            skips.usable(Example(Page(name, [], unanswered=2, epoch=epoch, resume=(epoch, 0, 0)), error="broken" if name == "a" else None))
+    assert str(skips) == "skipped: 1 page, 0 questions too long, 4 without an answer"
 
 
 def test_a_resumed_run_is_known_by_its_newest_weights(fit, capsys, monkeypatch):
@@ -266,10 +286,10 @@ def test_pages_held_out_stay_held_out(tmp_path, capsys, monkeypatch):
     for i in range(30):
         draw_page(random.Random(i), "plain", (8, 8))[0].save(tmp_path / f"{i}.png")
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    status, _, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "my.jsonl", "--steps", 1, "--accumulate", 1,
-                          "--out", tmp_path / "run")
-    assert status == 0, err
-    assert "held out would be trained on" in refuses(train, capsys, monkeypatch, "--resume", tmp_path / "run", "--eval-every", 0)
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "my.jsonl", "--steps", 1, "--accumulate", 1,
+                            "--out", tmp_path / "run")
+    assert status == 0 and "\n1 step, 1 question; skipped: 0 pages, " in out, err
+    assert "train on pages that it held out" in refuses(train, capsys, monkeypatch, "--resume", tmp_path / "run", "--eval-every", 0)
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(fit):
@@ -292,7 +312,7 @@ def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, c
                             "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
     assert status == 0, err
     assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: cannot read it as an image" in err
-    assert "skipped: 1 pages, 1 questions too long, 0 without an answer" in out
+    assert "skipped: 1 page, 1 question too long, 0 without an answer" in out
     assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
 
 
@@ -334,7 +354,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--lora-targets", "head"), "'head' is not a set of layers; expected llm, qkv, vision, all-linear"),
     (("--lr", "projector=1e-3,tail=1"), "'tail' is not a part of the model"),
     (("--lr", "projector=1e-3,1e-4"), "invalid learning_rates value"),
-    (("--lr", "lora=1e-3"), "--lr: a rate for lora, but --train projector"),
+    (("--lr", "lora=1e-3"), "--lr gives a rate for lora, but --train is projector"),
     (("--train", "projector,head"), "'head' is not a part of the model; expected projector, lora, llm, vision, or all"),
     (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
     (("--model", "nowhere"), "nowhere: not found; expected a model folder"),

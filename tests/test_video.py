@@ -66,7 +66,7 @@ def test_a_video_is_a_file_on_this_machine(tmp_path):
             read_video(path)
 
 
-def test_a_film_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+def test_a_video_without_the_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(InputError, match="pip install av"):
         read_video(tmp_path / "clip.mp4")
@@ -88,7 +88,7 @@ def test_the_red_panda_is_sampled_as_officially():
     av = pytest.importorskip("av", reason="needs the package av")
     path = SHARED / "examples" / "red-panda.mp4"
     if not path.exists():
-        pytest.skip("needs the film red-panda.mp4, which is not part of this repository")
+        pytest.skip("needs the video red-panda.mp4, which is not part of this repository")
     with av.open(str(path)) as container:
         every = [frame.to_image().resize((32, 32)).tobytes() for frame in container.decode(video=0)]
     seen = [frame.resize((32, 32)).tobytes() for frame in read_video(path)]

@@ -189,7 +189,7 @@ class SyntheticRows:
         for page in itertools.count(start // 8):
             for i, (question, answer) in enumerate(write_page(*self.drawn(page), self.unseen)[1]):
                 if page * 8 + i >= start:
-                    yield page * 8 + i, {"question": question, "answers": [answer], "as_written": True, "docId": page,
+                    yield page * 8 + i, {"question": question, "answers": [answer], "instruction": "", "docId": page,
                                          "ucsf_document_page_no": "1",
                                          "image": {"bytes": DrawnFile(self, page), "path": None}}
 
@@ -199,10 +199,10 @@ class SyntheticRows:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("count", type=int)
-    parser.add_argument("--domain", choices=DOMAINS, default="plain")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="where the pages and questions.jsonl go")
+    parser.add_argument("count", type=int, help="number of pages")
+    parser.add_argument("--domain", choices=DOMAINS, default="plain", help="look of the pages (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pages (%(default)s)")
     settings = parser.parse_args()
     settings.folder.mkdir(parents=True, exist_ok=True)
     with open(settings.folder / "questions.jsonl", "w", encoding="utf-8") as file:

@@ -146,8 +146,7 @@ def parse_args():
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
         refuse_another_run(parser, args, kept)
-    rates, args.weight_decay = recipes.of_model(args)
-    args.lr = choose_rates(parser, args, rates_of(kept["lr"]) if args.resume and "lr" in kept else rates)
+    args.lr = choose_rates(parser, args, rates_of(kept["lr"]) if args.resume and "lr" in kept else None)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -171,14 +170,15 @@ def learning_rates(text):
     return {part: float_in(0, 1000)(rate) for parts, rate in rates for part in part_names(parts).split(",")}
 
 
-def choose_rates(parser, args, rates):
-    """--lr as a number, or where parts differ as 'projector=1e-3,lora=1e-4'; `rates`: of the parts without one."""
+def choose_rates(parser, args, before):
+    """--lr as a number, or where parts differ as 'projector=1e-3,lora=1e-4'; `before`: the rates of a resumed run."""
     if isinstance(args.lr, float):
         return args.lr
     trained, typed = args.train.split(","), args.lr or {}
     if not typed.keys() <= set(trained):
         parser.error(f"--lr gives a rate for {', '.join(typed)}, but --train is {args.train}")
-    rates = rates | typed
+    rates = (before or (recipes.TINY_LR if args.tiny else recipes.LR)) | typed
+    args.untyped = [] if before or args.tiny else [part for part in trained if part not in typed]
     if len({rates[part] for part in trained}) == 1:
         return rates[trained[0]]
     return recipes.as_text({part: rates[part] for part in trained})
@@ -433,6 +433,7 @@ def main():
     if all(Path(name).is_file() for name, _ in named_parts(args.data)):
         open_rows(args.data, "train")                       # a malformed row is refused before a model is loaded
     model = load_model(args)
+    recipes.fit_to_size(args, rates_of(args.lr), sum(parameter.numel() for parameter in model.parameters()))
     print_run(args, model)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):

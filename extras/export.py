@@ -31,6 +31,7 @@ from model.checkpoint import (
     write_text,
     write_weights,
 )
+from model.config import Config
 from model.names import file_names, join_rows, split
 from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, special_id
 
@@ -90,7 +91,8 @@ def save_adapter(run, path, folder):
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
         raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
                          f"this run has --train {settings['train']}: use --format official or transformers")
-    trained = lora.fused_layers(trained, checkpoint.model_config(settings["model"]).language)
+    base, _, _ = checkpoint.resolve(settings["model"], seed=0)          # a seed: its weights are not needed
+    trained = lora.fused_layers(trained, Config.read(base / CONFIG).language)
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))
     config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": rank, "bias": "none",

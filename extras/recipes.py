@@ -1,5 +1,4 @@
 """Which settings did others publish for this model? Flags of train.py, by name."""
-from model.checkpoint import about_parameters, model_config
 
 # Peak learning rates. The official second fine-tuning of InternVL2-1B trains projector and LLM, or LoRA, at 4e-5; its
 # domain adaptation, which also trains the vision encoder, uses 1e-5. TINY_LR, for the embedded model, was found by
@@ -32,16 +31,15 @@ RECIPES = {
 }
 
 
-def of_model(args):
-    """The learning rates and the weight decay where none are typed: the official ones for a model of this size.
+def fit_to_size(args, rates, parameters):
+    """Set the weight decay, and the peak learning `rates` that were not typed, as the official scripts do for a size.
 
     Source: the second fine-tuning scripts of InternVL 2.0 and 2.5; they have none between 8B and 26B.
     """
-    typed = isinstance(args.lr, float) or {*args.train.split(",")} <= {*(args.lr or ())}
-    known = args.export or args.resume or args.tiny or typed and args.weight_decay is not None
-    size = 0 if known else about_parameters(model_config(args.model))
-    decay = args.weight_decay if args.weight_decay is not None else 0.05 if size > 5e9 else 0.01
-    return TINY_LR if args.tiny else {part: min(rate, 2e-5 if size > 12e9 else 1) for part, rate in LR.items()}, decay
+    args.weight_decay = (0.05 if parameters > 5e9 else 0.01) if args.weight_decay is None else args.weight_decay
+    if parameters > 12e9 and getattr(args, "untyped", ()):
+        args.lr = as_text({part: min(rates[part], 2e-5) if part in args.untyped else rates[part]
+                           for part in args.train.split(",")})
 
 
 def as_text(rates):

@@ -21,7 +21,7 @@ from model.errors import InputError, warn
 from model.names import official_name
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
-NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny")        # flags that are not settings of a run
+NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "untyped")     # not settings of a run
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 

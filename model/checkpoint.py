@@ -84,11 +84,6 @@ def about_parameters(config):
         language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
 
 
-def model_config(name):
-    """The Config of a model; of a Hub id only the small files are downloaded. Raises InputError."""
-    return Config.read(resolve(name, seed=0)[0] / CONFIG)
-
-
 def has_weights(folder):
     """Whether a model folder has weights, in one file or in several."""
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()

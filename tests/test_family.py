@@ -107,6 +107,19 @@ def test_the_system_sentence_is_that_of_the_configuration_or_of_conversation_py(
     assert Config.read(write_config(tmp_path, CONFIGS["InternVL3-1B"]["config"])).template == TEMPLATES["internvl2_5"]        # its system_message is null
 
 
+@pytest.mark.parametrize("parameters, flags, lr, decay", [
+    (0.9e9, {}, "projector=4e-05,vision=1e-05", 0.01), (8.1e9, {}, "projector=4e-05,vision=1e-05", 0.05), (26e9, {}, "projector=2e-05,vision=1e-05", 0.05),
+    (26e9, {"untyped": ["vision"]}, "projector=4e-05,vision=1e-05", 0.05), (26e9, {"untyped": [], "weight_decay": 0.1}, "projector=4e-05,vision=1e-05", 0.1)])
+def test_rates_and_decay_are_the_official_ones_for_a_size_where_none_are_typed(parameters, flags, lr, decay):
+    from types import SimpleNamespace
+
+    from extras import recipes
+    from train import rates_of
+    args = SimpleNamespace(**{"lr": "projector=4e-05,vision=1e-05", "weight_decay": None, "untyped": ["projector", "vision"], "train": "projector,vision"} | flags)
+    recipes.fit_to_size(args, rates_of(args.lr), parameters)
+    assert (args.lr, args.weight_decay) == (lr, decay)
+
+
 # ------------------------------------------------------------------------------------------------------- against transformers
 
 CASES = {"one image": ("<image>\nWhat is the date?", [1]), "twelve tiles": ("<image>\nWho signed it?", [12]), "two images": ("Image-1: <image>\nImage-2: <image>\nWhat?", [2, 1]),
@@ -310,6 +323,39 @@ def copy_tensor(folder, name, source, target, new=None, value=None):
     source, target = (folder / f"model-0000{number}-of-00006.safetensors" for number in (source, target))
     all_of = official_tensors(folder)
     save_file(load_file(target) | {new or name: all_of[name] if value is None else value}, target, {"format": "pt"})
+
+
+def test_a_model_in_several_files_comes_from_the_hub_after_its_size_is_printed(folder_of, tmp_path):
+    import os
+    import shutil
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    from hub import serve
+    shutil.copytree(folder_of("InternVL2-2B"), tmp_path / "root" / "models" / "OpenGVLab" / "InternVL2-2B")
+    code = "from model import InternVL; m = InternVL.from_pretrained('OpenGVLab/InternVL2-2B', 'cpu'); print(len(m.state_dict()))"
+
+    def python(address):
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")},
+                              capture_output=True, text=True, timeout=120)
+    with serve(tmp_path / "root") as address:
+        first, again = python(address), python(address)
+    assert first.stdout == again.stdout == python("http://127.0.0.1:9").stdout != ""
+    assert "OpenGVLab/InternVL2-2B: about 0.0 GB to download" in first.stderr and "to download" not in again.stderr
+
+
+def test_a_model_or_a_step_that_does_not_fit_says_what_would(folder_of, monkeypatch, capsys):
+    from extras import memory
+    from model import checkpoint
+    model = InternVL.from_pretrained(folder_of("InternVL2-2B"), "cpu")
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1e6)
+    memory.step_gb(model, 1, 1)
+    assert "a step on pages of 1 tiles needs about" in (err := capsys.readouterr().err) and "--checkpoint-activations" in err and "--train lora" in err
+    monkeypatch.setattr(checkpoint, "device_memory", lambda device: 2e6)
+    with pytest.raises(InputError, match="GB of weights, this machine has .* take --dtype bfloat16, a smaller model"):
+        InternVL.from_pretrained(folder_of("InternVL2-2B"), "cpu")
+    InternVL.from_pretrained(folder_of("InternVL2-2B"), "cpu", "bfloat16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- LoRA

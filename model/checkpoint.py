@@ -317,10 +317,7 @@ def set_merged(path):
 
 
 def shard(sizes, most=SHARD_BYTES):
-    """{name: bytes}, in the order of the official class -> {name: file}: a new one begins where one would grow too big.
-
-    Source: `shard_checkpoint` of transformers 4.37, which wrote the published files.
-    """
+    """{name: bytes}, in the order of the official class -> {name: file}, as transformers 4.37 shared them out."""
     numbers, total, filled = {}, 0, math.inf
     for name, size in sizes.items():
         total, filled = (total + 1, size) if filled + size > most else (total, filled + size)

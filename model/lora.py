@@ -125,9 +125,8 @@ def read_adapter_config(folder):
 
 
 def our_layers(found, model):
-    """Rename the tensors of a file made on the official model, {name there: tensor}, and cut those of fused layers.
-
-    An adapter of a fused layer becomes one for each of ours: all have its A, each has its own rows of B.
+    """Rename the tensors of a file made on the official model, {name there: tensor}, and cut those of fused layers:
+    each of ours gets its rows of weight and B, and all of A.
     """
     language, weights, found = model.config.language, dict(model.named_parameters()), dict(found)
     for name, ours in file_names(weights, language.decoder).items():
@@ -141,10 +140,8 @@ def our_layers(found, model):
 
 
 def fused_layers(trained, language):
-    """{name in a checkpoint: tensor} of adapters -> {official name: tensor}; those of fused layers become one.
-
-    Its A holds all of theirs, each in its own rows; its B keeps their outputs apart. All get the rank of the largest,
-    padded with zeros, so that one scale holds for the whole file.
+    """{name in a checkpoint: tensor} of adapters -> {official name: tensor}; those of fused layers become one, exactly:
+    its A has the rows of all, its B keeps their outputs apart. All get one rank, filled with zeros: one scale holds.
     """
     done = {}
     for name, ours in file_names(map(our_name, trained), language.decoder).items():

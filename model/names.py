@@ -105,10 +105,8 @@ def file_names(names, decoder):
 
 
 def split_rows(tensor, rows, kv_heads, decoder):
-    """One tensor of a file -> one for each number of `rows`.
-
-    InternLM2 stores for each key head the rows of its queries, of its key and of its value; others store one after
-    another.
+    """One tensor of a file -> one for each number of `rows`. InternLM2 stores the rows of queries, key and value
+    together for each key head, others store all queries, all keys, all values.
     """
     if len(rows) == 1:
         return [tensor]

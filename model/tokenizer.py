@@ -1,8 +1,5 @@
-"""Which class reads these tokenizer files? Transformers' own, or a `tokenizers` BPE built here: no remote code is run.
-
-    vocab.json, merges.txt       Qwen2, Qwen3                 Qwen2Tokenizer
-    tokenizer.json               Llama 3                      PreTrainedTokenizerFast
-    tokenizer.model              InternLM2, Phi-3, Yi         read below; transformers 5 reads them wrongly
+"""Which class reads these tokenizer files? Transformers' own; a tokenizer.model, as InternLM2, Phi-3 and Yi have it and
+transformers 5 reads wrongly, becomes a BPE of the package tokenizers here. No code of the folder is run.
 """
 import json
 import re
@@ -39,10 +36,9 @@ def load_tokenizer(folder):
 
 
 def read_sentencepiece(folder, settings):
-    """The BPE of a tokenizer.model: a piece's score is the rank of the merges that make it.
+    """The BPE of a tokenizer.model (sentencepiece_model.proto): a piece's score is the rank of the merges that make it.
 
-    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed. Source of the
-    format: sentencepiece_model.proto.
+    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -51,11 +47,11 @@ def read_sentencepiece(folder, settings):
     added = {int(index): token for index, token in settings["added_tokens_decoder"].items()}
     vocabulary, ranks, user = {}, {}, []
     for index, piece in enumerate(pieces):
-        text, kind = piece[1].decode(), piece.get(3, NORMAL)
+        text, kind = piece[1].decode(), None if index in added else piece.get(3, NORMAL)
         vocabulary[added.get(index, {"content": text})["content"]] = index
-        if index not in added and kind == USER_DEFINED:
+        if kind == USER_DEFINED:
             user.append(AddedToken(text, normalized=False))
-        elif index not in added and kind == NORMAL:
+        elif kind == NORMAL:
             ranks[text] = -struct.unpack("<f", piece[2])[0], index
     pairs = ((text[:i], text[i:]) for text in sorted(ranks, key=ranks.get) for i in range(1, len(text)))
     merges = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]

@@ -13,6 +13,8 @@ the number of workers. Rows are read in the main process; a DataLoader's workers
 import contextlib
 import hashlib
 import itertools
+import multiprocessing.queues
+import os
 import random
 import re
 import signal
@@ -65,7 +67,9 @@ def open_hub_rows(data, split, columns=None):
     if builder.name == "parquet":
         return ParquetRows(data, [str(file) for file in builder.config.data_files[split]], names)
     rows = rows.cast_column(names["image"], datasets.Image(decode=False))
-    return rows.map(rename, remove_columns=rows.column_names, fn_kwargs={"names": names})
+    rows = rows.map(rename, remove_columns=rows.column_names, fn_kwargs={"names": names})
+    rows.files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+    return rows
 
 
 @contextlib.contextmanager
@@ -80,7 +84,7 @@ def reading(source, what, advice):
         if is_transient(error):
             raise InputError(f"{source}: the Hub cannot be reached; connect to the network, or give a local folder "
                              "with --data; continue a run with --resume") from error
-        if not isinstance(error, (ArrowException, OSError, ValueError)):
+        if not isinstance(error, (ArrowException, OSError, ValueError, LookupError, ImportError)):
             raise
         raise InputError(f"{source}: cannot read {what} ({error}); {advice}") from error
 
@@ -99,7 +103,7 @@ def rename(row, names):
 
 def hub_name(data):
     """'owner/name:config' -> ('owner/name', 'config'); a local folder is its own name."""
-    if Path(data).exists():
+    if os.path.exists(data):
         return data, None
     name, _, config = data.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith((".json", ".jsonl", ".parquet")):
@@ -276,7 +280,7 @@ def image_bytes(row):
     content, path = image.get("bytes"), image.get("path")
     if hasattr(content, "__bytes__"):
         return content
-    return Path(path).read_bytes() if isinstance(path, str) and Path(path).is_file() else b""
+    return Path(path).read_bytes() if isinstance(path, str) and os.path.isfile(path) else b""
 
 
 def open_page(row, key, instruction):
@@ -305,7 +309,7 @@ def add_row(page, row, answered):
             page.follows.add(len(page.questions))
         page.questions.append(question)
         page.answers.append(answer)
-        page.accepted.append([answer] if accepted is None else accepted)
+        page.accepted.append([answer] * bool(answer) if accepted is None else accepted)
         page.ids.append(f"{name}/{number + 1}" if len(turns) > 1 else name)
         page.types.append([types] if isinstance(types, str) else [str(kind) for kind in types])
         page.places.append(place if "turns" in row else name)
@@ -424,7 +428,10 @@ class PageDataset(Dataset):
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
-        self.max_tiles, self.max_length, self.allow_private = max_tiles, max_length, allow_private
+        self.max_tiles, self.allow_private, most = max_tiles, allow_private, model.config.language.max_positions
+        self.max_length = max_length and min(max_length, most)                  # None: lengths are judged elsewhere
+        self.limit = (f"the model's {most} positions; lower --max-tiles" if self.max_length == most
+                      else f"--max-length {max_length}; raise it or lower --max-tiles")
 
     def __getitem__(self, page):
         if not page.questions:
@@ -444,8 +451,8 @@ class PageDataset(Dataset):
         example = Example(page, tiles, prompt, [page.questions[i] for i in left_out],
                           [i for i in range(len(page.questions)) if i not in left_out], counts)
         if len(left_out) == len(page.questions):
-            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room in "
-                             f"--max-length {self.max_length}; raise it or lower --max-tiles")
+            example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room "
+                             f"in {self.limit}")
         return example
 
     def tiles_of_each(self, page):
@@ -487,6 +494,8 @@ class PageDataset(Dataset):
 
 def leave_signals_to_the_parent(_):
     """In a worker: leave Ctrl-C and a first SIGTERM to the main process; a second SIGTERM ends the worker."""
+    # as does an example that cannot be handed over, because /dev/shm is full: the main process would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -12,17 +12,23 @@
 The answer goes to standard output, everything else to standard error. An "<image>" in the question says where an image
 belongs; without any, the images come first, one per line.
 """
+import contextlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from extras.cli import ANSWER_SETTINGS, OneLineParser, add_row_flags, float_in, int_in, run
+from extras.cli import ANSWER_SETTINGS, SCORES, OneLineParser, add_row_flags, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
-from model.checkpoint import settings_of
+from model.checkpoint import BESIDE_WEIGHTS, CHECKPOINTS, INDEX, SETTINGS, SHARDS, WEIGHTS, settings_of
+from model.errors import warn
 from model.tokenizer import clean
+
+# in the folder of --model
+MODEL_FILES = (WEIGHTS, INDEX, SHARDS, SETTINGS, *BESIDE_WEIGHTS, "adapter_*", f"{CHECKPOINTS}/*")
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -54,10 +60,11 @@ def add_input_flags(group):
     group.add_argument("--model", default="OpenGVLab/InternVL2-1B",
                        help="Hub id, model, run or adapter folder, or checkpoint (%(default)s)")
     group.add_argument("--tiny", action="store_true", help="the embedded model, on the CPU")
+    group.add_argument("--allow-changed", action="store_true", help="read a run although its base model has changed")
     group.add_argument("--image", action="append", default=[], metavar="PATH|URL",
                        help="an image, a PDF (scan.pdf#2: its second page) or - for standard input; repeatable")
     group.add_argument("--video", metavar="PATH", help="a video (needs the package av), or an animated GIF, WebP, PNG")
-    group.add_argument("--frames", type=int_in(1), default=8, help="frames of the video, one tile each (%(default)s)")
+    group.add_argument("--frames", type=int_in(1, 999), default=8, help="frames of the video, one tile each (8)")
     group.add_argument("--span", type=float_in(0, 1e9), nargs=2, metavar=("FROM", "TO"), help="seconds to show (all)")
     group.add_argument("--allow-private", action="store_true", help="fetch images from private networks too")
 
@@ -76,22 +83,23 @@ def add_mode_flags(group):
 
 def add_file_flags(group):
     group.add_argument("--out", metavar="FILE.jsonl",
-                       help="append the answers of --questions or --folder to a file; skip what it answers already")
+                       help="file for the answers of --questions or --folder; the answers in it are kept")
     group.add_argument("--split", help="split for --evaluate (validation; of a file, everything)")
     add_row_flags(group.add_argument)
     group.add_argument("--predictions", metavar="FILE.json",
-                       help="write the answers of --evaluate in DocVQA's format; skip what it answers already")
+                       help="file for the answers of --evaluate in DocVQA's format; the answers in it are kept")
     group.add_argument("--batch", type=int_in(1), default=1, help="pages answered at once (%(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace files that exist; keep no answer in them")
 
 
 def add_answer_flags(group):
     group.add_argument("--system", metavar="TEXT", type=clean, help="text of the system turn (the model's own)")
     for name, default, text in (
-            ("max_tiles", 12, "most tiles per image, thumbnail not counted"),
+            ("max_tiles", None, "most tiles per image, thumbnail not counted (as in the model's training)"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
             ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
-                           help=f"{text} (%(default)s)")
+                           help=text + " (%(default)s)" * (default is not None))
     group.add_argument("--json", action="store_true", help="print a JSON object: the answer, its tokens, timings")
     group.add_argument("--show", metavar="FILE.png", help="draw the tiles of the first image")
     group.add_argument("--attend", metavar="FILE.png", help="draw where the answer looked on the images")
@@ -121,10 +129,39 @@ def conflicts(flags):
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
         (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
         (not flags.evaluate and {flags.predictions, flags.split, flags.instruction, flags.columns} != {None},
-         "--predictions, --split, --instruction and --columns belong to --evaluate DATA"),
-        *((not Path(path).parent.is_dir(), f"{path}: there is no folder {Path(path).parent}; make it first")
-          for path in (flags.out, flags.predictions) if path),
+          "--predictions, --split, --instruction and --columns belong to --evaluate DATA"),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def check_outputs(flags, images=()):
+    """Raise InputError for a file to be written that exists, unless it continues or --overwrite replaces it.
+
+    None may be an input, or two of them the same file. `images`: those that questions are about.
+    """
+    continued = [flags.out, flags.predictions, flags.predictions and flags.predictions + SCORES]
+    outputs = [name for name in (*continued, flags.show, flags.attend, flags.explain) if name]
+    if outputs:
+        from extras.outputs import new_file
+        from extras.sources import named_parts
+        data = [name for name, _ in named_parts(flags.evaluate)] if flags.evaluate else []
+        read = [*images, *flags.image, *data, *filter(None, (flags.model, flags.video, flags.questions))]
+        if flags.overwrite:                                 # otherwise a file that is not ours is refused in any case
+            read += [file for pattern in MODEL_FILES for file in Path(flags.model).glob(pattern)]
+            read += [file for name in data for file in Path(name).glob("**/*")]
+        for name in outputs:
+            read.append(new_file(name, flags.overwrite, read, resume=name in continued))
+
+
+@contextlib.contextmanager
+def held(name, overwrite, *suffixes):
+    """Hold a file of answers for this process alone; `overwrite` removes it, and NAME + suffix. Yields its path."""
+    from extras.outputs import lock
+    with lock(name) if name else contextlib.nullcontext():
+        for suffix in ("", *suffixes) if name and overwrite else ():
+            Path(name + suffix).unlink(missing_ok=True)
+        yield name and Path(name)
 
 
 # ------------------------------------------------------------------------------------------------ the model, a question
@@ -133,7 +170,9 @@ def load_model(arguments):
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     late = arguments.int8 and device.startswith("cuda")         # only the small weights need to fit into the GPU
     dtype = arguments.dtype or ("bfloat16" if late else None)
-    model = InternVL.from_pretrained(arguments.model, "cpu" if late else device, dtype)
+    model = InternVL.from_pretrained(arguments.model, "cpu" if late else device, dtype,
+                                     allow_changed=arguments.allow_changed)
+    arguments.max_tiles = arguments.max_tiles or model.config.max_tiles
     if arguments.system is not None:
         model.config = replace(model.config, template=replace(model.config.template, system=arguments.system))
     if arguments.int8:
@@ -178,8 +217,10 @@ def answer_many(arguments):
     from extras.evaluate import answer_questions, folder_questions, read_questions
     asked = (folder_questions(arguments.folder, arguments.question) if arguments.folder
              else read_questions(Path(arguments.questions)))
-    answer_questions(load_model(arguments), asked, arguments.out and Path(arguments.out), arguments.batch,
-                     arguments.allow_private, **settings(arguments))
+    check_outputs(arguments, [image for _, images in asked for image in images])
+    model = load_model(arguments)
+    with held(arguments.out, arguments.overwrite) as path:
+        answer_questions(model, asked, path, arguments.batch, arguments.allow_private, **settings(arguments))
 
 
 def evaluate(arguments):
@@ -190,13 +231,19 @@ def evaluate(arguments):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
     rows = open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain", bool(arguments.split),
-                     arguments.columns)
+                     arguments.columns, answered=False)
+    of_files = [part for part, *_ in getattr(rows, "parts", [(rows,)]) if isinstance(part, list)]
+    check_outputs(arguments, [image for part in of_files for row in part for image in row.get("images", ())])
+    run_of = settings_of(arguments.model)
+    if (run_of and arguments.split == "validation" and os.path.isfile(arguments.evaluate)
+            and (run_of.get("eval_data") or not run_of.get("eval_every"))):
+        warn(f"{arguments.model} held no pages out: these may have been trained on")
     model = load_model(arguments)
     made_with = {name: getattr(arguments, name)
                  for name in ("model", "evaluate", "split", "instruction", "columns", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
-    answers, table = evaluate_rows(model, rows, made_with, arguments.predictions and Path(arguments.predictions),
-                                   arguments.batch, arguments.allow_private)
+    with held(arguments.predictions, arguments.overwrite, SCORES) as path:
+        answers, table = evaluate_rows(model, rows, made_with, path, arguments.batch, arguments.allow_private)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:
@@ -219,6 +266,7 @@ def explain(arguments):
 
 def main():
     arguments = parse_arguments()
+    check_outputs(arguments)
     if arguments.questions or arguments.folder:
         answer_many(arguments)
     elif arguments.evaluate:

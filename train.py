@@ -10,8 +10,10 @@ is the mean of -log(probability) over all answer tokens of these pages.
 import itertools
 import math
 import os
+import re
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -23,20 +25,23 @@ from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import peak_gb, step_gb
+from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import has_weights, read_settings
-from model.errors import warn
+from model.checkpoint import has_weights, latest_checkpoint, read_settings
+from model.errors import printable, warn
 from model.lora import TARGETS, add_adapters
+from model.names import official_name, part_of
 
 PARTS = ("projector", "lora", "llm", "vision")
+WHOLE = tuple(part for part in PARTS if part != "lora")                # the model without adapters
 TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
             device="cpu", workers=0)                                    # what --tiny sets
 # settings that a resumed run cannot change: what is trainable, and which page comes next
-FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "seed", "shuffle", "look_ahead",
-         "group_by_length")
-LONGEST_ANSWER = 64                     # tokens of an answer in a validation
+FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "init", "seed", "shuffle", "look_ahead",
+         "group_by_length", "columns")
+LONGEST_ANSWER = 64                     # tokens of an answer in a validation, or more if the right one is longer
 PROGRESS = "{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 EVAL_BLOCK = 512                        # rows of a block of the validation pages
 
@@ -49,7 +54,9 @@ def add_data_flags(parser):
     flag("--tiny", action="store_true", help="small model, drawn pages, CPU, larger learning rates; sets "
          + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in TINY.items()))
     flag("--model", default="OpenGVLab/InternVL2-1B", help="Hub id, local folder, or tiny (%(default)s)")
-    add_switch(group, "--from-scratch", "random weights in the shape that --model describes")
+    flag("--init", type=names_in(WHOLE, "part that can be drawn"), metavar="PART[,PART]",
+         help="load all other parts, draw these from --seed: " + ", ".join(WHOLE))
+    add_switch(group, "--from-scratch", "draw all parts, in the shape that --model describes")
     flag("--data", default="zhangfaen/DocumentVQA", help="Hub id, folder in Hub layout, file (.json, .jsonl), or "
          "synthetic; several: a.jsonl=2,b.jsonl (%(default)s)")
     flag("--eval-data", metavar="DATA", help="validation data (the validation split of --data; for a file one page in "
@@ -65,12 +72,12 @@ def add_data_flags(parser):
     add_switch(group, "--shuffle", "shuffle the pages, or keep the order of the file", default=True)
     add_switch(group, "--allow-private", "fetch images from private networks too")
     add_switch(group, "--group-by-length", "put pages of similar length into a micro-batch")
-    flag("--look-ahead", type=int_in(1), default=2048, help="rows of a block, the unit of shuffling (%(default)s)")
+    flag("--look-ahead", type=int_in(1, 10 ** 6), default=2048, help="rows of a block, shuffled together (%(default)s)")
 
 
 def add_lora_flags(parser):
     flag = parser.add_argument_group("LoRA, with --train lora").add_argument
-    flag("--lora-rank", type=int_in(1), default=16, help="width between the two matrices (%(default)s)")
+    flag("--lora-rank", type=int_in(1, 16_384), default=16, help="width between the two matrices (%(default)s)")
     flag("--lora-alpha", type=float_in(1e-6, 1e6), default=32.0, help="adapters are scaled by alpha/rank (%(default)s)")
     flag("--lora-dropout", type=float_in(0, 0.999), default=0.05, help="dropout on the adapter's input (%(default)s)")
     flag("--lora-targets", type=names_in(TARGETS, "set of layers"), default="llm",
@@ -79,8 +86,8 @@ def add_lora_flags(parser):
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch size and length of the run").add_argument
-    flag("--batch-pages", type=int_in(1), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=int_in(1), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--batch-pages", type=int_in(1, 10_000), default=1, help="pages in a micro-batch (%(default)s)")
+    flag("--accumulate", type=int_in(1, 100_000), default=8, help="micro-batches in an optimizer step (%(default)s)")
     flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
     flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
 
@@ -99,12 +106,13 @@ def add_optimizer_flags(parser):
 def add_file_flags(parser):
     flag = parser.add_argument_group("validation and files").add_argument
     flag("--eval-every", type=int_in(0), default=200, help="steps between validations; 0: none (%(default)s)")
-    flag("--eval-pages", type=int_in(1), default=64, help="pages of the validation set, always the same (%(default)s)")
+    flag("--eval-pages", type=int_in(1, 10 ** 6), default=64, help="validation pages, always the same (%(default)s)")
     flag("--save-every", type=int_in(0), default=200, help="steps between checkpoints; 0: one at the end (%(default)s)")
-    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, besides the best (%(default)s)")
+    flag("--keep", type=int_in(1), default=5, help="newest checkpoints to keep, and the best saved one (%(default)s)")
     flag("--out", help="run folder (runs/ and the time of day)")
     flag("--resume", metavar="RUN", help="resume the run in this folder, with its settings")
-    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model to a folder, LoRA merged")
+    flag("--allow-changed", action="store_true", help="use a run although its base model or its data changed")
+    flag("--export", nargs=2, metavar=("RUN", "FOLDER"), help="write a run's model to a folder; merges LoRA")
     flag("--format", choices=("official", "transformers", "native", "peft"), default="official",
          help="layout of the exported folder; native is the old name of transformers (%(default)s)")
     flag("--push-to-hub", metavar="REPO", help="upload what --export wrote to this repository of the Hub")
@@ -116,8 +124,8 @@ def add_machine_flags(parser):
     flag("--device", help="cuda, cpu, ... (a GPU if there is one)")
     flag("--dtype", choices=("float32", "bfloat16"),
          help="dtype of frozen weights and activations (bfloat16 on a GPU, else float32)")
-    flag("--seed", type=int_in(0), default=0, help="seed of the page order and of random weights (%(default)s)")
-    flag("--workers", type=int_in(0), default=min(4, os.cpu_count() or 1),
+    flag("--seed", type=int_in(0, 2 ** 63 - 1), default=0, help="of page order and random weights (%(default)s)")
+    flag("--workers", type=int_in(0, 1000), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
     add_switch(group, "--checkpoint-activations",
                "recompute each block in the backward pass: less memory, a third more work")
@@ -133,6 +141,7 @@ def parse_args():
     args = parser.parse_args()
     if args.resume:
         kept = read_settings(args.resume) | {"out": args.resume}
+        parser.check_stored(kept, f"{args.resume}/settings.json")
         parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value    # checked as if typed
                                for key, value in kept.items()})
     elif args.tiny:
@@ -146,11 +155,11 @@ def parse_args():
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
         refuse_another_run(parser, args, kept)
+    args.init = part_names("all") if args.from_scratch else args.init
     args.lr = choose_rates(parser, args, rates_of(kept["lr"]) if args.resume and "lr" in kept else None)
     args.epochs = args.epochs or (None if args.steps else 1)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.out = args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     if args.model != "tiny" and Path(args.model).exists():              # the run can be used from any folder
         args.model = str(Path(args.model).resolve())
     args.data, args.eval_data = whole_paths(args.data), args.eval_data and whole_paths(args.eval_data)
@@ -159,7 +168,7 @@ def parse_args():
 
 def part_names(text):
     """'all' -> 'projector,llm,vision'."""
-    return names_in(PARTS, "part of the model", "or all")("projector,llm,vision" if text == "all" else text)
+    return names_in(PARTS, "part of the model", "or all")(",".join(WHOLE) if text == "all" else text)
 
 
 def learning_rates(text):
@@ -206,8 +215,10 @@ def holds_out(settings):
 
 def load_model(args):
     """The model with its parts frozen or trainable."""
-    model = (InternVL.from_scratch(args.model, args.seed, args.device, args.dtype) if args.from_scratch
-             else InternVL.from_pretrained(args.model, args.device, args.dtype))
+    seed = None if latest_checkpoint(args.out) else args.seed               # a checkpoint holds what was drawn
+    parts = args.init.split(",") if args.init else ()
+    model = InternVL.from_pretrained(args.model, args.device, args.dtype, parts, seed, args.allow_changed)
+    model.config = replace(model.config, max_tiles=args.max_tiles)       # written with the model
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
     choose_parts(model, args.train)
@@ -220,9 +231,9 @@ def load_model(args):
 
 def part_parameters(model):
     """{part: its parameters}; adapters are the part lora, whatever layer they belong to."""
-    parts, part_of = {part: [] for part in PARTS}, {"projector": "projector", "language": "llm", "vision": "vision"}
+    parts = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        parts["lora" if ".adapter." in name else part_of[name.split(".")[0]]].append(parameter)
+        parts["lora" if ".adapter." in name else part_of(name)].append(parameter)
     return parts
 
 
@@ -265,13 +276,18 @@ def print_run(args, model):
         source, sets = recipes.RECIPES[args.recipe]
         flags = " ".join(as_flag(*flag) for flag in sets.items() if getattr(args, flag[0]) == flag[1])  # not typed ones
         print(f"recipe {args.recipe} ({source}) sets {flags}")
-    print(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {args.out}/settings.json")
+    settings = f"{args.out}/settings.json"
+    print(printable(f"model {args.model}, data {args.data}, trainable: {args.train}; all settings: {settings}"))
     print(f"{'part':<10} {'parameters':>12}  {'':<9} {'dtype':<9} peak learning rate")
     for part, parameters in part_parameters(model).items():
         trainable, dtypes = part in args.train.split(","), sorted({str(p.dtype).split(".")[-1] for p in parameters})
         if parameters:
             print(f"{part:<10} {sum(p.numel() for p in parameters):>12,}  {'trainable' if trainable else 'frozen':<9} "
                   f"{'/'.join(dtypes):<9} {rates_of(args.lr)[part] if trainable else '-'}")
+    if model.drawn and not latest_checkpoint(args.out):
+        drawn = [official_name(name) for name in model.state_dict() if part_of(name) in model.drawn]
+        drawn = dict.fromkeys(re.sub(r"(layers)\.\d+", r"\1.#", name) for name in drawn)       # #: of every block
+        print(f"drawn from --seed {args.seed}: {', '.join(drawn)}")
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
           + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
@@ -299,19 +315,21 @@ def training_steps(loader, skips, args):
         skips.check_limit()
 
 
-def open_data(args, model, state, skips):
+def open_data(args, model, run, skips):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
-    hold_out = holds_out(vars(args))
+    state, hold_out = run.state, holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
-    dataset, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), []
+    dataset, held_out, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), [], []
     if args.eval_every:
         held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
+        skips.leave_out(pages if args.eval_data else [])
+    run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
-    print(f"reading {args.data} from epoch {state['epoch']}, block {state['block']} "
+    print(f"reading {printable(args.data)} from epoch {state['epoch']}, block {state['block']} "
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
@@ -333,19 +351,25 @@ def evaluate(model, examples):
     from extras.evaluate import answer_batch
     from extras.score import anls, exact_match
     model.eval()
-    total, tokens, answers, skips = 0.0, 0, [], SkipLog()
+    total, tokens, answers, failed, skips = 0.0, 0, [], 0, SkipLog()
     for example in filter(skips.usable, examples):
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
         if len(tiles):
             batch.image_tokens = model.encode_images(batch.tiles)       # once for the loss and for the answers
-        total += F.cross_entropy(model(batch).float(), batch.targets, reduction="sum").item()
-        tokens += example.answer_tokens
+        loss = answer_loss(model(batch), batch.targets).item()
+        if not math.isfinite(loss):
+            raise InputError(f"validation page {page.name}: loss {loss}; look at the page, or lower --lr")
+        total, tokens = total + loss, tokens + example.answer_tokens
+        longest = int(batch.branches[0][batch.answer_index.cpu() + 1].bincount().max())
         with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
-            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=LONGEST_ANSWER)
+            answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=max(LONGEST_ANSWER, longest))
+        failed += sum(bool(one.error) for one in answered)
         answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
                      "expected": page.accepted[one.index]} for one in answered]
     skips.check_limit()
+    if skips.lines or failed:
+        warn(f"validation: {skips}; {failed} questions not answered, which counts as wrong")
     scores = {score.__name__: sum(score(line["answer"], line["expected"]) for line in answers) / len(answers)
               for score in (exact_match, anls)}
     return {"val_loss": total / tokens, **scores}, answers
@@ -428,23 +452,32 @@ def main():
     args = parse_args()
     if args.export:
         from extras.export import export
-        return export(*args.export, args.format, args.push_to_hub)
+        return export(*args.export, args.format, args.push_to_hub, args.allow_changed)
+    with (lock(args.out) if args.resume else
+          new_folder(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}", free=not args.out)) as folder:
+        args.out = str(folder)
+        fit(args)
+
+
+def fit(args):
+    """Train, in a folder that is locked."""
     run = RunFolder(args)
     if all(Path(name).is_file() for name, _ in named_parts(args.data)):
-        open_rows(args.data, "train")                       # a malformed row is refused before a model is loaded
+        open_rows(args.data, "train", hold_out=False)       # a malformed row is refused before a model is loaded
     model = load_model(args)
+    run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
     recipes.fit_to_size(args, rates_of(args.lr), sum(parameter.numel() for parameter in model.parameters()))
     print_run(args, model)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
         first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
-        data = open_data(args, model, run.state, skips)
+        data = open_data(args, model, run, skips)
         run.begin()
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
         if step == 0 or step == first and has_weights(run.path):
-            raise InputError(f"{run.path}: nothing to do after step {step}; raise --steps or --epochs, "
+            raise InputError(f"{run.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)
     print(f"{count(step, 'step')}, {count(run.state['questions'], 'question')}; {skips}; "

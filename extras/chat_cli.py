@@ -14,10 +14,9 @@ import sys
 from extras.cli import ANSWER_SETTINGS, count
 from extras.video import load_images, read_video
 from model.checkpoint import TINY
-from model.errors import InputError
+from model.errors import InputError, printable
 from model.tokenizer import clean
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # characters that a terminal would obey
 RATE_TOKENS = 5                                 # shorter answers say nothing about tokens per second
 HELP = """\
 /image PATH|URL          show an image with the next question
@@ -175,9 +174,9 @@ def stats_line(chat):
 
 def show(text, end="\n"):
     """Print to standard output; a terminal gets no control characters."""
-    print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text) if sys.stdout.isatty() else text, end=end, flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def log(text):
     """Print to standard error, without control characters."""
-    print(CONTROL.sub("\N{REPLACEMENT CHARACTER}", text), file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -1,23 +1,36 @@
 """What do all commands share? A parser with errors of one line, checked number types, exit codes without tracebacks."""
 import argparse
+import errno
 import os
 import re
 import sys
 from pathlib import Path
 
 from data import ROW_COLUMNS
-from model.errors import InputError
+from model.errors import InputError, printable
 from model.tokenizer import clean
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, with exit status 2; flags cannot be abbreviated."""
+    """An argument parser that reports an error in one line, with exit status 2; flags cannot be abbreviated.
+
+    A flag that takes a name takes no empty one.
+    """
 
     def __init__(self, **more):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        self.register("type", None, not_empty)          # the type of all arguments without one
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
+
+    def check_stored(self, stored, place):
+        """Raise InputError for a stored setting that no flag can have; numbers are checked as defaults are."""
+        for action in self._actions:
+            value = stored.get(action.dest, action.default)
+            if ((value is None) > (action.default is None) or action.choices and value not in (None, *action.choices)
+                    or action.nargs == 0 and type(value) is not type(action.default)):
+                raise InputError(f"{place}: {action.dest} is {value!r}; repair it, or begin a new run")
 
 
 def run(main):
@@ -27,18 +40,27 @@ def run(main):
             main()
         finally:
             print(end="", flush=True)   # here, not when Python ends: the reader of a pipe may be gone
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)                   # as a shell reports a program ended by Ctrl-C
     except BrokenPipeError:             # as in `... | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # for what Python flushes when it ends
         sys.exit(141)                   # as a shell reports a program ended by SIGPIPE
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2)
 
 
-def int_in(smallest, largest=2 ** 63 - 1):
-    """An argument type: an integer in this range."""
+def not_empty(text):
+    """An argument type: text. An empty value, as of an unset variable in a script, would act like no flag at all."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty; give a name, or leave the flag out")
+    return text
+
+
+def int_in(smallest, largest=10 ** 9 - 1):
+    """An argument type: an integer in this range, by default below what any machine can do."""
     return lambda text: in_range(int(text), smallest, largest)
 
 
@@ -55,7 +77,9 @@ def in_range(value, smallest, largest):
 
 # the settings of an answer, as `Chat` has them, each with its type
 ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
-                   "top_p": float_in(1e-6, 1), "seed": int_in(0)}
+                   "top_p": float_in(1e-6, 1), "seed": int_in(0, 2 ** 63 - 1)}
+
+SCORES = ".scores.json"                 # of predictions: a file beside them, with this behind their whole name
 
 
 def count(number, thing):

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from extras import pictures as palette
 from extras.cli import count
-from extras.pictures import as_image, attention, draw_attention, draw_tiles, visible
+from extras.pictures import as_image, attention, draw_attention, draw_tiles, token_grid, visible
 from model.chat import Chat, Picture
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
 from model.tokenizer import special_id
@@ -80,7 +80,7 @@ def pictures(run):
     model, picture = run.chat.model, run.picture
     grid, tokens = model.config.vision.grid, model.config.tokens_per_tile
     patches = ruled(as_image(picture.tiles[run.tile]), grid, grid)
-    seen = token_colors(picture.tokens[run.tile * tokens:(run.tile + 1) * tokens], grid // model.config.shuffle)
+    seen = token_colors(picture.tokens[run.tile * tokens:(run.tile + 1) * tokens], token_grid(model)[0])
     return {"page": ruled(picture.image, *picture.grid), "tiles": draw_tiles([picture], tokens), "patches": patches,
             "tokens": seen.resize(patches.size, Image.Resampling.NEAREST), "looked": draw_attention(run.chat),
             "answer": draw_answer(run)}
@@ -98,14 +98,14 @@ def ruled(image, columns, rows):
     return image
 
 
-def token_colors(tokens, side):
-    """Image tokens (side * side, D) -> one pixel each: its three strongest principal components as red, green, blue."""
+def token_colors(tokens, rows):
+    """Image tokens (n, D) -> a pixel each, in `rows`: the three strongest principal components as red, green, blue."""
     x = tokens.float().cpu() - tokens.float().cpu().mean(0)
     directions = torch.linalg.svd(x, full_matrices=False).Vh[:3]
     strongest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     x = x @ (directions * strongest.sign()).T       # the sign is arbitrary: here the largest entry is positive
     x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp_min(1e-9)
-    return Image.fromarray((255 * x).byte().reshape(side, side, 3).numpy())
+    return Image.fromarray((255 * x).byte().reshape(rows, -1, 3).numpy())
 
 
 def draw_answer(run, width=420, line=18):
@@ -151,10 +151,10 @@ def page_values(run, max_tiles):
     model, picture = run.chat.model, run.picture
     config, n, (columns, rows), (width, height) = model.config, len(picture.tiles), picture.grid, picture.image.size
     size, side, tokens = config.vision.tile_pixels, config.vision.grid, config.tokens_per_tile
-    seen, width_out, a = config.vision.width, config.language.width, len(run.in_loss)
-    shapes = {"tiles": (n, 3, size, size), "patches": (n, side ** 2, seen), "image_tokens": (n, tokens, width_out),
-              "joined": (n, tokens, seen * config.shuffle ** 2), "row": (len(run.prompt.ids), width_out),
-              "last": (a, width_out), "logits": (a, config.language.vocabulary)}
+    seen, d, a = config.vision.width, config.language.width, len(run.in_loss)
+    shapes = {"tiles": (n, 3, size, size), "patches": (n, side ** 2, seen), "image_tokens": (n, tokens, d),
+              "row": (len(run.prompt.ids), d), "last": (a, d), "logits": (a, config.language.vocabulary)}
+    (down, across), kind = token_grid(model), type(model.projector)
     thumbnail = "; the last one is the whole page, scaled down: the <i>thumbnail</i>" if n > columns * rows else ""
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).split(".")[-1],
@@ -163,8 +163,10 @@ def page_values(run, max_tiles):
         "grid_ratio": f"{columns / rows:.3f}", "resized": f"{columns * size} x {rows * size}",
         "tiles": count(n, "tile"), "thumbnail": thumbnail, "tile": run.tile + 1, "patches": side ** 2,
         "all_patches": n * side ** 2, "side": side, "patch": config.vision.patch_pixels,
-        "vision_width": seen, "shuffle": config.shuffle, "image_tokens": tokens, "all_image_tokens": n * tokens,
-        "token_side": side // config.shuffle, "width": width_out, "image_token": html.escape(IMAGE_TOKEN),
+        "vision_width": seen, "image_tokens": tokens, "all_image_tokens": n * tokens, "width": d,
+        "projector": html.escape(getattr(model.projector, "summary", f"{kind.__name__} makes image tokens of them")),
+        "projector_file": kind.__module__.replace(".", "/") + ".py", "image_token": html.escape(IMAGE_TOKEN),
+        "tokens_drawn": f"{across} x {down} tokens" if across * down == tokens else f"{tokens} tokens, in their order,",
         **{f"{name}_shape": str(shape) for name, shape in shapes.items()}}
 
 

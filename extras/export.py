@@ -8,64 +8,62 @@ Sources of the layouts: the published folder; transformers' models/internvl; PEF
 import json
 import math
 import os
+import re
 import shutil
 from operator import attrgetter
 from pathlib import Path
 from string import Template
 from types import SimpleNamespace
 
+import torch
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
+from extras.outputs import new_folder
 from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
-from model.checkpoint import (
-    CHECKPOINTS,
-    CONFIG,
-    INDEX,
-    SETTINGS,
-    WEIGHTS,
-    shard,
-    write_tensors,
-    write_text,
-    write_weights,
-)
+from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, TINY, WEIGHTS, write_tensors, write_text
 from model.config import Config
-from model.names import file_names, join_rows, split
-from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, special_id
+from model.names import PARTS, file_names, join_rows, official_name, part_of, split
+from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
-LAYOUT, CHAT_TEMPLATE = (Path(__file__).with_name(name) for name in ("transformers_layout.json", "chat_template.jinja"))
+LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
+    "transformers_layout.json", "chat_template.jinja", "model_card.md"))
 CARD = (                                # settings in a model card
-    "data", "domain", "eval_data", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
+    "data", "domain", "eval_data", "init", "train", "recipe", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets",
     "steps", "epochs", "batch_pages", "accumulate", "lr", "schedule", "warmup", "weight_decay", "max_tiles", "seed")
 
 
-def export(source, target, layout, repository=None):
+def export(source, folder, layout, repository=None, allow_changed=False):
     """Write the model of a run, or of one of its checkpoints, with a model card; upload it to a Hub repository.
 
-    `layout`: "official", "transformers" (or "native", its older name) or "peft". Raises InputError for a folder that
-    holds a run, a model or a README.md already, and for a run that the layout cannot hold.
+    `layout`: "official", "transformers" (or "native", its older name) or "peft". `allow_changed`: as of
+    `InternVL.from_pretrained`. Raises InputError for a folder that is not empty, for a run whose base model changed,
+    and for a model that the layout cannot hold.
     """
-    path, folder = Path(source), Path(target)
-    held = [name for name in (SETTINGS, CONFIG, WEIGHTS, INDEX, lora.ADAPTER_CONFIG, CARD_FILE)
-            if (folder / name).exists()]
-    if held:
-        raise InputError(f"{folder}: holds {held[0]} already; choose another folder")
+    path = Path(source)
     is_checkpoint = path.parent.name == CHECKPOINTS
     run = path.parent.parent if is_checkpoint else path.parent if path.name == WEIGHTS else path
-    try:
-        if layout == "peft":
-            save_adapter(run, path if is_checkpoint else checkpoint.latest_checkpoint(run), folder)
-        elif layout == "official":
-            InternVL.from_pretrained(source, "cpu", "float32").save_pretrained(folder)
-        else:
-            save_transformers(InternVL.from_pretrained(source, "cpu", "float32"), folder)
-        write_card(run, folder, layout, last_step=int(path.stem.split("-")[-1]) if is_checkpoint else math.inf)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be written there ({error})") from error
-    print(f"wrote {folder}")
+    if layout != "peft":
+        check_layout(source, allow_changed)
+    trained = path if is_checkpoint else checkpoint.latest_checkpoint(run)
+    with new_folder(folder) as folder:
+        try:
+            model = layout != "peft" and InternVL.from_pretrained(source, "cpu", "float32", allow_changed=allow_changed)
+            if layout == "peft":
+                save_adapter(run, trained, folder, allow_changed)
+            elif layout == "official":
+                model.save_pretrained(folder)
+                add_chat_template(folder)
+            else:
+                save_transformers(model, folder)
+            last_step = trained and checkpoint.step_of(trained.name) or math.inf
+            write_card(run, folder, layout, last_step, repository or "FOLDER")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: the model cannot be written there ({error})") from error
+    print(f"wrote {folder}" + "; LoRA adapters are merged: do not lay them over it again" * merges(run, layout))
     if repository:
         try:
             HfApi().create_repo(repository, exist_ok=True)
@@ -75,7 +73,30 @@ def export(source, target, layout, repository=None):
                              f"or upload {folder} yourself") from error
 
 
-def save_adapter(run, path, folder):
+def merges(run, layout):
+    """Whether an export merges adapters: those of a run, or a PEFT folder's."""
+    trained = checkpoint.read_settings(run)["train"].split(",") if (run / SETTINGS).exists() else ()
+    return layout != "peft" and ("lora" in trained or (run / lora.ADAPTER_CONFIG).exists())
+
+
+def check_layout(source, allow_changed, concerned=lambda name: True):
+    """Raise InputError, with names, if transformers' class for the same config.json has other `concerned` tensors."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    folder, _, _ = checkpoint.resolve(source, PARTS, allow_changed)
+    with torch.device("meta"):
+        model = InternVL(Config.read(folder / CONFIG))
+        model.tokenizer, model.folder = load_tokenizer(folder), folder
+        theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
+    expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
+        "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
+    wrong = [official_name(ours) for ours, name, piece in layout_tensors(model, model.state_dict().get)
+             if expected.pop(name, None) != piece.shape] + [*expected]
+    if wrong := list(dict.fromkeys(filter(concerned, wrong))):
+        raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
+                         f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
+
+
+def save_adapter(run, path, folder, allow_changed):
     """Write the trained tensors of a run's checkpoint as a PEFT folder, unmerged.
 
     A projector that is trained as a whole becomes a module to save. Raises InputError for a run without adapters, or
@@ -91,36 +112,63 @@ def save_adapter(run, path, folder):
     if not ranks or any(not name.startswith("mlp1.") for name in whole) or (whole and "mlp1.1" in layers):
         raise InputError(f"{run}: --format peft needs --train lora, or projector,lora and no adapter in the projector; "
                          f"this run has --train {settings['train']}: use --format official or transformers")
-    base, _, _ = checkpoint.resolve(settings["model"], seed=0)          # a seed: its weights are not needed
-    trained = lora.fused_layers(trained, Config.read(base / CONFIG).language)
+    check_layout(path, allow_changed,
+                 lambda name: name.removesuffix(".weight") in layers or whole and part_of(name) == "projector")
+    folder_of_base, _, _ = checkpoint.resolve(settings["model"], PARTS, True)
+    trained = lora.fused_layers(trained, Config.read(folder_of_base / CONFIG).language)
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))
-    config = {"peft_type": "LORA", "base_model_name_or_path": settings["model"], "r": rank, "bias": "none",
+    base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "bias": "none",
               "lora_alpha": scale * rank, "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     tensors = {lora.PREFIX + name: tensor for name, tensor in trained.items()}
     write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
+def chat_template(template):
+    """The Jinja template that writes the prompts of prompt.py."""
+    def opened(role):
+        return (template.start + template.name).format(role).replace("\n", "{{ '\\n' }}")
+
+    texts = {"SYSTEM": opened("system") + template.system, "TURN": opened("{{ message['role'] }}"),
+             "ANSWER": opened("assistant"), "END": template.end + template.gap.replace("\n", "{{ '\\n' }}"),
+             "IMAGE_TOKEN": prompt.IMAGE_TOKEN}
+    return Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(texts)
+
+
+def add_chat_template(folder):
+    """Put the chat template into a folder's tokenizer_config.json; InternVL2-1B was published with that of Qwen2."""
+    path = folder / "tokenizer_config.json"
+    template = chat_template(Config.read(folder / CONFIG).template)
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
 def save_transformers(model, folder):
     """Write a folder that transformers' InternVLForConditionalGeneration opens; adapters are merged."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (model.folder / SENTENCEPIECE).is_file():        # which transformers would read wrongly
         model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     else:
         checkpoint.copy_files(model, folder, TOKENIZER_FILES)
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
-    tensors, names = {}, [name for name in model.state_dict() if ".adapter." not in name]
-    fused = model.config.language.decoder == "Phi3"     # there as in the official files; InternLM2 is a Llama
-    for name, ours in file_names(names, "Phi3" if fused else "Llama").items():
-        whole = join_rows([lora.merged(model, one).to("cpu", model.stored_dtypes[one]) for one in ours])
-        tensors |= {name: whole} if len(ours) > 1 else split(ours[0], whole)
+    tensors = {name: tensor for _, name, tensor in layout_tensors(
+        model, lambda ours: lora.merged(model, ours).to("cpu", model.stored_dtypes[ours]))}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    write_weights(folder, shard(sizes), sizes, tensors.get)
+    checkpoint.write_weights(folder, checkpoint.shard(sizes), sizes, tensors.get)
+
+
+def layout_tensors(model, tensor_of):
+    """Yield (our name, transformers' name, tensor) of a model's tensors; `tensor_of`: our name -> tensor."""
+    fused = model.config.language.decoder == "Phi3"     # there as in the official files; InternLM2 is a Llama
+    names = [name for name in model.state_dict() if ".adapter." not in name]
+    for name, ours in file_names(names, "Phi3" if fused else "Llama").items():
+        whole = join_rows([tensor_of(one) for one in ours])
+        for theirs, piece in ({name: whole} if len(ours) > 1 else split(ours[0], whole)).items():
+            yield ours[0], theirs, piece
 
 
 # --------------------------------------------------------------------------------------------------------- transformers
@@ -150,14 +198,7 @@ def transformers_files(model):
         settings = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
-
-    def opened(role):
-        return (template.start + template.name).format(role).replace("\n", "{{ '\\n' }}")
-
-    texts = {"SYSTEM": opened("system") + template.system, "TURN": opened("{{ message['role'] }}"),
-             "ANSWER": opened("assistant"), "END": template.end + template.gap.replace("\n", "{{ '\\n' }}"),
-             "IMAGE_TOKEN": prompt.IMAGE_TOKEN}
-    return files | {"chat_template.jinja": Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(texts)}
+    return files | {"chat_template.jinja": chat_template(template)}
 
 
 def text_config(language, tokenizer):
@@ -172,8 +213,8 @@ def text_config(language, tokenizer):
 
 # ----------------------------------------------------------------------------------------------------------- model card
 
-def write_card(run, folder, layout, last_step):
-    """Write README.md: base model, data, settings, scores up to a step, and curve of a run."""
+def write_card(run, folder, layout, last_step, name):
+    """Write README.md: base model, data, settings, scores up to a step, curve, and how to open it under `name`."""
     if not (run / SETTINGS).exists():                           # a model folder, whose training is unknown
         return
     settings, lines = checkpoint.read_settings(run), read_lines(run / METRICS)
@@ -192,6 +233,21 @@ def write_card(run, folder, layout, last_step):
                    for line in (measured[0], measured[-1]))]
         shutil.copyfile(run / "curve.png", folder / "curve.png")
         card += ["\n![training and validation loss](curve.png)"]
+    card += ["", how_to_open(folder, layout, name, settings["model"], merges(run, layout))]
     library = {"transformers": "transformers", "native": "transformers", "peft": "peft"}.get(layout)
     data = ModelCardData(base_model=settings["model"], pipeline_tag="image-text-to-text", library_name=library)
     write_text(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(card) + "\n")
+
+
+def how_to_open(folder, layout, name, base, merged):
+    """The part of a model card that says how an exported folder, called `name`, is opened in its target."""
+    parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)(?=<!-- |\Z)", HOW_TO_OPEN.read_text(encoding="utf-8"), re.DOTALL))
+    values = {"ask": parts["ask"], "folder": name, "base": "model/tiny" if base == "tiny" else base}
+    part = "transformers" if layout == "native" else layout
+    if layout == "official":
+        config = Config.read(folder / CONFIG)
+        values |= vars(config) | vars(config.vision)
+    elif layout == "peft":
+        layers = json.loads((folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8"))["target_modules"]
+        part = "peft" if all(layer.endswith("_proj") for layer in layers) else "peft_official"
+    return Template(parts[part] + parts["merged"] * merged).substitute(values)

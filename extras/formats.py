@@ -5,8 +5,11 @@
 
 A format of your own is one entry in FORMATS. No image is opened here.
 """
+import collections
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,9 +19,21 @@ from pathlib import Path
 from model.errors import InputError
 from model.prompt import PLACEHOLDER
 
+EXPECTED = "expected JSON lines, a JSON list or a mixture file; of parquet files give the folder, in the Hub's layout"
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PARTS = {"text": "{}", "image": "<img>{}</img>", "image_url": "<img>{}</img>"}      # of a turn, by their "type"
 PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
+# what other programs write for a place, or for a box of the key "objects"
+OTHER_PLACES = re.compile(r"<(?!image>)(?i:\|?image[ _-]?\d*(?:_pad|_placeholder)?\|?|(?:img|picture|photo)[ _-]?\d+"
+                          r"|ref-object|bbox)>")
+# keys that may carry an image or a turn; that may carry a mask; that carry nothing; and values that name an image
+CARRIES = re.compile(r"image|img|picture|photo|\bpic|path|file|url|video|audio|media|visual|scan|\bdoc\b|object|box|"
+                     r"turn|conversation|message|history|system|prompt|instruct|context|query|question|answer|respon|label|"
+                     r"caption|\btext|chosen|reject|input|output|tool", re.I)
+MASKS = re.compile("loss|mask|weight|train", re.I)
+NOTHING = re.compile("(.*[_-])?(id|source|width|height|size|type|no)s?(_list)?|.*(Id|_en)")
+IMAGE_NAME = re.compile(r"\.(png|jpe?g|tiff?|webp|gif|bmp|pdf|jp2|avif)\b|\"(data:image|https?:)", re.I)
+HELD_OUT, MOST_HELD_OUT = 20, 64        # one image of a file in 20 is held out for validation, and about 64 at most
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -29,7 +44,7 @@ FORMATS = {         # the key that tells a format -> its (speaker, text) pairs, 
     "query": lambda entry: (query_turns(entry), images_of(entry)),                      # older ms-swift
     "food_meta": lambda entry: (food_turns(entry), entry["food_meta"]["food_file"]),    # FoodieQA
     "question": lambda entry: (
-        [("user", entry["question"]), ("assistant", accepted_answers(entry)[0])], images_of(entry)),
+        list(zip(("user", "assistant"), (entry["question"], *accepted_answers(entry)))), images_of(entry)),
 }
 IMAGES_LAST = ("messages", "query")     # ms-swift puts images without a place before the last question, not the first
 
@@ -61,6 +76,7 @@ def turns_of(turns, speaker, text):
     pairs = []
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and speaker in turn and text in turn:
+            refuse_unread(turn, {speaker, text}, f"turn {number}: ")
             pairs.append((turn[speaker], text_of(turn[text])))
         elif isinstance(turn, list) and len(turn) == 2:
             pairs += zip(("user", "assistant"), turn)
@@ -72,8 +88,8 @@ def turns_of(turns, speaker, text):
 
 def query_turns(entry):
     history = turns_of(entry["history"], None, None) if entry.get("history") else []
-    turns = [*history, ("user", entry["query"]), ("assistant", entry.get("response"))]
-    return [("system", entry["system"]), *turns] if entry.get("system") else turns
+    answer = [] if entry.get("response") is None else [("assistant", entry["response"])]
+    return [*history, ("user", entry["query"]), *answer]
 
 
 def food_turns(entry):
@@ -83,12 +99,12 @@ def food_turns(entry):
 
 
 def accepted_answers(entry):
-    """All answers that count as right; the first one is in the loss."""
+    """All answers that count as right, none if they are missing or empty; the first one is in the loss."""
     answers = entry.get("answers", entry.get("answer"))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+    answers = [answers] if isinstance(answers, str) else [] if answers is None else answers
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"answers are {shown(answers)}; expected a text or a list of texts")
-    return answers
+    return [answer for answer in answers if answer.strip()]
 
 
 def shown(value):
@@ -97,13 +113,37 @@ def shown(value):
     return text if len(text) <= 60 else text[:60] + "…"
 
 
+def refuse_unread(entry, read, place="", images=()):
+    """Raise InputError for a key that is not among `read`, but may carry an image, a turn or a mask."""
+    for key, value in entry.items():
+        if key in read or value in (None, "", [], {}):
+            continue
+        names_image = IMAGE_NAME.search(json.dumps(value))
+        if NOTHING.fullmatch(key) and (images or not names_image):
+            continue
+        nested = isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value)
+        if (names_image or nested or MASKS.search(key) and value != 1
+                or CARRIES.search(key) and not isinstance(value, (bool, int, float))):
+            raise InputError(f"{place}{key}: not a key that is read here, and it may carry an image, a turn or a mask; "
+                             "use the keys in extras/README.md, or remove it")
+
+
+class Noted(collections.UserDict):
+    """An entry that notes in `read` which of its keys were looked up."""
+    read = frozenset()
+
+    def __getitem__(self, key):
+        self.read |= {key}
+        return super().__getitem__(key)
+
+
 # -------------------------------------------------------------------------------------------------------------- entries
 
 def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
     Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history`
-    and `question_start` as in `write_page`; what scores and predictions need.
+    and `question_start` as in `write_page`; what scores and predictions need. A last answer that is missing is empty.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -115,8 +155,13 @@ def read_entry(entry):
                          "expected one of the formats in extras/README.md")
     if entry.get("video") or entry.get("videos"):
         raise InputError("a video; only images are read")
+    entry = Noted(entry)
     try:
         turns, images = FORMATS[key](entry)
+        if beside := entry.get("system"):
+            if SPEAKERS.get(str(turns[0][0])) == "system" and turns.pop(0)[1] != beside:
+                raise InputError(f"system is {shown(beside)}, and the system turn is another; expected one of them")
+            turns.insert(0, ("system", beside))
         system, turns = question_answer_pairs(turns)
     except InputError:
         raise
@@ -125,11 +170,13 @@ def read_entry(entry):
     images, turns = place_images(turns, images, first=-1 if key in IMAGES_LAST else 0)
     history, question_start, rest = images_first(turns)
     ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
+    types = entry.get("question_types") or []
+    accepted = accepted_answers(entry) if key == "question" else None
+    refuse_unread(entry, entry.read, images=images)
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted_answers(entry) if key == "question" else None, "instruction": "",
-            "question_types": entry.get("question_types") or [],
-            "questionId": next((name for name in ids if name is not None), None),
-            "key": hashlib.sha1(repr(images or turns).encode()).hexdigest()}
+            "accepted": accepted, "instruction": "",
+            "question_types": types if isinstance(types, list) else [str(types)],
+            "questionId": next((name for name in ids if name is not None), None)}
 
 
 def question_answer_pairs(turns):
@@ -148,10 +195,16 @@ def question_answer_pairs(turns):
                              "questions and answers take turns")
         if number > has_system and not text.strip():
             raise InputError("an empty answer; there is nothing to train on" if is_answer else "an empty question")
+        if role != "user" and (place := PLACES.search(text)):
+            raise InputError(f"{place.group()} in {'a system turn' if role == 'system' else 'an answer'}; expected "
+                             "images in questions alone")
+        if place := OTHER_PLACES.search(text):
+            raise InputError(f"{place.group()} is not the place of an image or a box; expected {PLACEHOLDER}, or "
+                             "<ref>its name</ref><box>[[x1, y1, x2, y2]]</box>")
     system = texts.pop(0) if has_system else None
-    if not texts or len(texts) % 2:
-        raise InputError("the last turn is not an answer; expected questions and answers to take turns")
-    return system, list(zip(texts[::2], texts[1::2]))
+    if not texts:
+        raise InputError("no question; expected questions and answers to take turns")
+    return system, list(itertools.zip_longest(texts[::2], texts[1::2], fillvalue=""))
 
 
 def place_images(turns, listed, first=0):
@@ -206,8 +259,10 @@ class Part:
     rows: list = field(default_factory=list)
     problems: list = field(default_factory=list)
     weight: float = 1.0
+    unanswered: list = field(default_factory=list)              # as problems, but the rows can be asked
     entries: int = 0                    # right and wrong ones
     remarks: list = field(default_factory=list)                 # as problems, but the rows can be used
+    digest: str = ""                    # a hash of the file's text
 
 
 def read_file(path):
@@ -221,11 +276,17 @@ def read_file(path):
 @functools.lru_cache(maxsize=32)
 def read_parts(path, changed, root=None, **more):
     """`changed`: the file's time, for the cache. `root`: folder of the images. `more`: settings of every row."""
-    found = list(entries(path, Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")))
+    try:
+        text = read_text(path)
+        found = list(entries(path, text))
+    except InputError as error:
+        return [Part(problems=[(path, str(error))], entries=1)]
     whole = found[0][1] if len(found) == 1 else None
     if isinstance(whole, dict) and any(isinstance(part, dict) and "annotation" in part for part in whole.values()):
+        if more:
+            raise InputError(f"annotation {path} is a mixture file itself; expected rows")
         return read_mixture(path, whole)
-    part = Part(entries=len(found))
+    part = Part(entries=len(found), digest=hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest())
     for place, value in found:
         try:
             if isinstance(value, InputError):
@@ -233,11 +294,25 @@ def read_parts(path, changed, root=None, **more):
             row = read_entry(value)
             row["images"] = tuple(locate(image, root or Path(path).parent) for image in row["images"])
             part.rows.append(row | more | {"place": place})
+            if not row["turns"][-1][1]:
+                part.unanswered.append((place, "the last turn is not an answer; expected an answer to every question"))
         except InputError as error:
             part.problems.append((place, str(error)))
     if not found:
-        part.problems.append((f"{path}:1", "no rows; expected JSON lines, a JSON list or a mixture file"))
+        part.problems.append((f"{path}:1", f"no rows; {EXPECTED}"))
     return [part]
+
+
+def read_text(path):
+    """The text of a file in UTF-8 or UTF-16. Raises InputError for a pipe, a device and a file that holds no text."""
+    if not os.path.isfile(path):
+        raise InputError(f"not a regular file; {EXPECTED}")
+    content = Path(path).read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", "replace")
+    if b"\0" in content:
+        raise InputError(f"no text file, it begins with {content[:4]}; {EXPECTED}")
+    return content.decode("utf-8-sig", "surrogateescape")
 
 
 def entries(path, text):
@@ -249,6 +324,8 @@ def entries(path, text):
         yield from ((f"{path}: entry {number}", value) for number, value in enumerate(whole, 1))
     elif not isinstance(whole, InputError) or broken_list or first == "{":
         yield place, whole
+    elif first and not re.search(r"^\s*[{\[]", text, re.MULTILINE):
+        yield f"{path}:1", InputError(f"no line is JSON; {EXPECTED}")
     else:
         yield from (read_json(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
@@ -292,13 +369,11 @@ def read_source(place, source, folder):
         if not right(source[key]):
             raise InputError(f"{key} is {shown(source[key])}; expected {expected}")
     annotation = locate(source["annotation"], folder)
-    if not Path(annotation).is_file():
+    if not os.path.isfile(annotation):
         raise InputError(f"annotation {annotation}: no such file")
     root = source["root"] and locate(source["root"], folder)
-    part, *others = read_parts(annotation, os.stat(annotation).st_mtime_ns, root,
-                               max_tiles=source["max_dynamic_patch"], augment=source["data_augment"])
-    if others:
-        raise InputError(f"annotation {annotation} is a mixture file itself; expected rows")
+    [part] = read_parts(annotation, os.stat(annotation).st_mtime_ns, root,
+                        max_tiles=source["max_dynamic_patch"], augment=source["data_augment"])
     length, found = source.get("length", part.entries), part.entries
     remarks = [(place, f"length is {shown(length)}, but {source['annotation']} has {found} rows")] * (length != found)
     return replace(part, problems=list(part.problems), weight=source["repeat_time"], remarks=remarks)
@@ -308,3 +383,27 @@ def locate(name, folder):
     """An address, or the path of a file: relative to `folder` or, if it is not there, to the current folder."""
     beside = os.path.join(folder, name)
     return name if "://" in name or not os.path.exists(beside) and os.path.exists(name) else beside
+
+
+# ------------------------------------------------------------------------------------------------------------- hold-out
+
+def content_hash(image):
+    """A number from 0 to 1, from the size and the first 64 kB of an image's file, or from the text of an address."""
+    content = image.encode("utf-8", "surrogatepass") if isinstance(image, str) else bytes(image)
+    size = len(content)
+    if isinstance(image, str) and os.path.isfile(image):
+        with contextlib.suppress(OSError), open(image, "rb") as file:   # one that cannot be read is its name
+            size, content = os.path.getsize(image), file.read(2 ** 16)
+    return int.from_bytes(hashlib.sha1(b"%d " % size + content[:2 ** 16]).digest()[:8]) / 2 ** 64
+
+
+def splits_of(rows):
+    """The split of each row of all files together: "train", "validation", or "neither" where its images are of both.
+
+    Each image decides by itself: so no image is in both, and rows that are added never move one to validation.
+    """
+    hashes = {image: content_hash(image) for row in rows for image in row["images"]}
+    limit = min(1 / HELD_OUT, MOST_HELD_OUT / max(1, len(rows)))
+    limit = max(limit, min(hashes.values(), default=0))                 # at least one image
+    sides = ({hashes[image] <= limit for image in row["images"]} for row in rows)
+    return ["neither" if len(side) == 2 else "validation" if True in side else "train" for side in sides]

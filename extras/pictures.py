@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 
 from extras.cli import count
@@ -140,15 +140,20 @@ def visible(text):
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
+def token_grid(model):
+    """(rows, columns) of the image tokens over a tile; (1, 1) if the projector gives them no places."""
+    return getattr(model.projector, "token_grid", (1, 1))
+
+
 def draw_attention(chat):
     """Draw where the last answer looked -> RGB Pillow image: the conversation's images below each other."""
     weights = attention(chat)
-    per_tile, maps, start = chat.model.config.tokens_per_tile, [], 0
+    per_tile, (height, width), maps, start = chat.model.config.tokens_per_tile, token_grid(chat.model), [], 0
     for picture in chat.pictures:
         columns, rows = picture.grid
         cells = weights[start:start + columns * rows * per_tile]
         start += len(picture.tiles) * per_tile
-        heat = rearrange(cells, "(r c h w) -> (r h) (c w)", r=rows, c=columns, h=int(per_tile ** 0.5)).numpy()
+        heat = reduce(cells, "(r c h w n) -> (r h) (c w)", "sum", r=rows, c=columns, h=height, w=width).numpy()
         mask = Image.fromarray(np.uint8((heat / max(heat.max(), 1e-12)) ** 0.5 * 200))          # red where it is hot
         page, red = picture.image.convert("RGB"), Image.new("RGB", picture.image.size, (255, 40, 0))
         maps.append(Image.composite(red, page, mask.resize(page.size, Image.Resampling.BICUBIC)))

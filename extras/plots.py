@@ -16,7 +16,7 @@ def draw_samples(folder, samples, pages):
     saved on its own, as page.png, to be asked about.
     """
     pyplot = plotting()
-    images = [load_image(page.images[0], allow_private=True) if page.images else None for page in pages]
+    images = [load_image(page.images[0]) if page.images else None for page in pages]
     for image in [image for image in images if image][:1]:
         image.save(folder / "page.png")
     before, after = samples[0], samples[-1]

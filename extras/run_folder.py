@@ -5,8 +5,11 @@
 A line of metrics.jsonl, samples.jsonl and skipped.jsonl belongs to a step; resuming drops those after the checkpoint.
 """
 import contextlib
+import hashlib
 import json
+import secrets
 import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,14 +17,28 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from data import image_bytes
 from extras.cli import as_flag, count
+from extras.sources import Mixture, is_synthetic, named_parts
 from model import checkpoint, lora
-from model.checkpoint import CHECKPOINTS, CONFIG, INDEX, SETTINGS, WEIGHTS, latest_checkpoint, write_text
+from model.checkpoint import (
+    CHECKPOINTS,
+    INDEX,
+    SETTINGS,
+    WEIGHTS,
+    is_left_behind,
+    latest_checkpoint,
+    step_of,
+    write_text,
+)
 from model.errors import InputError, warn
-from model.names import official_name
+from model.images import fetch
+from model.names import official_name, part_of
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
-NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "untyped")     # not settings of a run
+NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed", "untyped")      # no settings of a run
+MADE_OF = ("base_fingerprint", "data_fingerprint", "eval_data_fingerprint", "validation_pages")     # see `compare`
+WRITTEN = (SETTINGS, METRICS, SAMPLES, SKIPPED, WEIGHTS)                  # files that are replaced as a whole
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
@@ -35,19 +52,45 @@ class RunFolder:
 
     def __init__(self, args):
         self.path, self.args = Path(args.out), args
-        if not args.resume and any((self.path / name).exists() for name in (SETTINGS, WEIGHTS, CONFIG)):
-            raise InputError(f"{self.path}: holds a run or a model already; choose another --out, or continue it with "
-                             f"--resume {self.path}")
+        if args.resume and not hasattr(args, "run_id"):
+            raise InputError(f"{self.path}: a run of an earlier version, without fingerprints; begin a new one with "
+                             f"--model {self.path}")
+        args.run_id = getattr(args, "run_id", secrets.token_hex(8))
         self.state = dict.fromkeys(("step", "epoch", "block", "index", "rows", "pages", "questions"), 0)
         self.saved = 0                  # step of the newest checkpoint
         self.whole = True               # no optimizer step is half done
         self.losses = {}                # step -> validation loss
         self.micro_batches = []         # examples of the step that runs, for messages
 
+    def compare(self, key, found, what):
+        """Note in the settings what the run is made of; returns whether it changed. Needs --allow-changed if it did."""
+        changed = getattr(self.args, key, found) != found
+        if changed and not self.args.allow_changed:
+            raise InputError(f"{self.path}: the {what} is not what the run began with; bring that back, or continue "
+                             "with what is there: --allow-changed")
+        if changed:
+            warn(f"the {what} is not what the run began with")
+        setattr(self.args, key, found)
+        return changed
+
+    def compare_data(self, rows, held_out, pages):
+        """The same for the training rows, the validation rows and the validation pages, whose images are read now."""
+        args = self.args
+        self.compare("data_fingerprint", data_fingerprint(args.data, rows, args.domain), f"data {args.data}")
+        if args.eval_every and args.eval_data:
+            found = data_fingerprint(args.eval_data, held_out, args.domain)
+            self.compare("eval_data_fingerprint", found, f"validation data {args.eval_data}")
+        hashes = ",".join(keep_images(page, args.allow_private) for page in pages)
+        if args.eval_every and self.compare("validation_pages", hashes, "set of validation pages"):
+            warn(f"validation begins anew; {METRICS} and {SAMPLES} lose what they say about the pages before")
+            self.losses = {}
+            keep_lines(self.path / METRICS, lambda line: "val_loss" not in line)
+
     def restore(self, model, optimizer):
         """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
-        for half in (*self.path.rglob("*.part"), *self.path.rglob(".tmp*")):    # of a process killed while it wrote
-            half.unlink()
+        for half in (*self.path.glob("*.part"), *self.path.glob(f"{CHECKPOINTS}/*.part")):
+            if is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
+                shutil.rmtree(half, ignore_errors=True)
         newest = latest_checkpoint(self.path)
         if newest:
             state = restore_checkpoint(newest, model, optimizer)
@@ -66,10 +109,10 @@ class RunFolder:
         kept = self.settings = {key: value for key, value in vars(self.args).items() if key not in NOT_KEPT}
         if self.args.resume:
             before = checkpoint.read_settings(self.path)
-            for key in [key for key in kept if key in before and str(kept[key]) != str(before[key])]:
-                print(f"changed: {as_flag(key, before[key])} -> {as_flag(key, kept[key])}")
+            for key in [key for key in kept if key in before and key not in MADE_OF]:
+                if str(kept[key]) != str(before[key]):
+                    print(f"changed: {as_flag(key, before[key])} -> {as_flag(key, kept[key])}")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")
 
     @contextlib.contextmanager
@@ -101,8 +144,8 @@ class RunFolder:
             with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
                 time.sleep(0.2)                         # not while the checkpoint is written
             raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
-                             f"memory; lower --workers or --max-tiles, then continue with --resume {self.path}"
-                             ) from error
+                             "memory or a full /dev/shm; lower --workers or --max-tiles, then continue with --resume "
+                             f"{self.path}") from error
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             tiles = [(sum(len(example.tiles) for example in batch), batch) for batch in self.micro_batches]
             most, batch = max(tiles, key=lambda pair: pair[0], default=(0, []))
@@ -147,9 +190,9 @@ class RunFolder:
         """Write a checkpoint and the settings; delete old checkpoints."""
         self.saved = step = self.state["step"]
         path = self.path / CHECKPOINTS / f"step-{step:07d}.safetensors"
-        save_checkpoint(path, model, optimizer, self.state)
+        save_checkpoint(path, model, optimizer, self.state, self.args.run_id)
         write_text(self.path / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
-        keep_newest(self.path, self.args.keep, self.losses)
+        keep_newest(self.path, self.args.keep, self.losses, self.args.run_id)
         for name in (WEIGHTS, INDEX):
             (self.path / name).unlink(missing_ok=True)          # of an earlier end of this run: the checkpoint is newer
 
@@ -191,12 +234,18 @@ class StopSignal:
 
 def append_line(path, line):
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_lines(path):
-    """The objects of a jsonl file, none if there is no such file; a last line cut short by a crash does not count."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    """The objects of a jsonl file, without a half line at its end; none without a file. Raises InputError."""
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+        if not all(type(line.get("step", line.get("epoch"))) is int for line in lines):
+            raise ValueError("a line without a step")
+        return lines
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}); repair it, or remove it") from error
 
 
 def keep_lines(path, wanted):
@@ -213,11 +262,18 @@ class SkipLog:
     `path`: a jsonl file that gets a line for each, and holds those of before. `epoch`, `read`: where the run stands,
     and the pages of this epoch that were read before. `cut`: pages whose first part was in the block before.
     """
-    PAGE, TOO_LONG, UNANSWERED = "page", "questions too long", "questions without an answer"
+    PAGE, TOO_LONG, UNANSWERED, VALIDATION = (
+        "page", "questions too long", "questions without an answer", "pages with an image of --eval-data")
 
     def __init__(self, path=None, epoch=0, read=0):
         self.path, self.lines, self.epoch, self.read = path, read_lines(path) if path else [], epoch, read
-        self.cut = 0
+        self.cut, self.validation = 0, set()
+
+    def leave_out(self, pages):
+        """Count and skip pages that have an image of these validation pages."""
+        from extras.formats import content_hash
+        self.images_of = lambda page: set(map(content_hash, page.images))
+        self.validation = set().union(*map(self.images_of, pages))
 
     def add(self, page, what, count, reason):
         epoch, block, index = page.resume
@@ -235,6 +291,9 @@ class SkipLog:
         page = example.page
         self.epoch, self.read = page.epoch, self.read + 1 if page.epoch == self.epoch else 1
         self.cut += page.cut
+        if self.validation and self.validation & self.images_of(page):
+            self.add(page, self.VALIDATION, 1, "validated on, so not trained on")
+            return False
         if page.unanswered:
             self.add(page, self.UNANSWERED, page.unanswered, "no answer, or an empty one")
         if example.error:
@@ -243,9 +302,9 @@ class SkipLog:
             self.check_limit(at_end=False)
         elif example.too_long:
             first = f"the first: {example.too_long[0][:200]!r}"
-            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length; {first}")
-            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length and are skipped, "
-                 f"{first}")
+            self.add(page, self.TOO_LONG, len(example.too_long), f"--max-length or the model's positions; {first}")
+            warn(f"page {page.name}: {len(example.too_long)} of its questions do not fit --max-length or the model's "
+                 f"positions and are skipped, {first}")
         return not example.error
 
     def check_limit(self, at_end=True):
@@ -253,16 +312,19 @@ class SkipLog:
 
         Before its end only where 100 pages were read, or the first five cannot be used.
         """
-        skipped = [line for line in self.lines if line["left_out"] == self.PAGE and line["epoch"] == self.epoch]
-        judged = at_end or self.read >= 100 or self.read == 5 == len(skipped)
-        if judged and (len(skipped) > max(1, self.read // 100) or len(skipped) == self.read > 0):
-            raise InputError(f"{len(skipped)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
-                             f"page {skipped[-1]['page']}: {skipped[-1]['reason']}")
+        lines = [line for line in self.lines if line["left_out"] in (self.PAGE, self.VALIDATION)
+                 and line["epoch"] == self.epoch]
+        skipped = sum(line["left_out"] == self.PAGE for line in lines)
+        judged = at_end or self.read >= 100 or self.read == 5 == skipped
+        if judged and skipped > max(1, self.read // 100) or at_end and len(lines) == self.read > 0:
+            raise InputError(f"{len(lines)} of {self.read} pages cannot be used, and 1 % is the limit; the last is "
+                             f"page {lines[-1]['page']}: {lines[-1]['reason']}")
 
     def __str__(self):
         cut = f"; {count(self.cut, 'page')} split in two by the edge of a block, since this start" if self.cut else ""
+        left_out = f", {self.count(self.VALIDATION)} {self.VALIDATION}" if self.validation else ""
         return (f"skipped: {count(self.count(self.PAGE), 'page')}, {count(self.count(self.TOO_LONG), 'question')} "
-                f"too long, {self.count(self.UNANSWERED)} without an answer{cut}")
+                f"too long, {self.count(self.UNANSWERED)} without an answer{left_out}{cut}")
 
 
 def sample_tables(samples):
@@ -287,20 +349,56 @@ def next_steps(folder):
             f'python infer.py --model {named} {image}"{question}"')
 
 
+# ------------------------------------------------------------------------------------------------ what a run is made of
+
+def data_fingerprint(data, rows, domains):
+    """A hash, 16 hex digits, of what the `rows` of `data` come from; reads no image.
+
+    Of the text of files; of parquet files the names and sizes, on the Hub their addresses, which hold the commit; of
+    drawn pages the domains; of a mixture also the weights.
+    """
+    from extras.formats import read_file
+    found = []
+    for name, weight in named_parts(data):
+        found += [weight, *([name, domains] if is_synthetic(name) else ())]
+        if Path(name).is_file():                        # the file itself, and those that it names if it is a mixture
+            found += [Path(name).read_bytes(), *(part.digest for part in read_file(name))]
+    for source, *_ in rows.parts if isinstance(rows, Mixture) else [(rows,)]:
+        for path in map(Path, getattr(source, "files", ())):
+            found += [path.name, path.stat().st_size] if path.exists() else [str(path)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def keep_images(page, allow_private):
+    """Replace the images of a page by their bytes; returns a hash of these and of the questions.
+
+    One that cannot be read becomes an empty file, so that its page is skipped every time.
+    """
+    total = hashlib.sha256(repr((page.questions, page.instruction, page.accepted)).encode())
+    for i, image in enumerate(page.images):
+        try:
+            is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
+            page.images[i] = fetch(image, allow_private) if is_address else bytes(image_bytes({"image": image}))
+        except (InputError, OSError) as error:
+            page.images[i] = warn(f"page {page.name}: {error}") or b""
+        total.update(page.images[i])
+    return total.hexdigest()[:12]
+
+
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(path, model, optimizer, state):
-    """Write the trained tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
+def save_checkpoint(path, model, optimizer, state, run_id=""):
+    """Write the trained and drawn tensors, the optimizer's state of each by its name, and `state` (plain JSON values).
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    trained = trained_parameters(model)
-    tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
-    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in trained.items()
-                for kind, value in optimizer.state[parameter].items()}
+    parameters = stored_parameters(model)
+    tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in parameters.items()
+                for kind, value in optimizer.state.get(parameter, {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps(state)
-    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state)}
+    metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state), "run_id": run_id}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
     try:
         path.parent.mkdir(exist_ok=True)
@@ -315,11 +413,9 @@ def restore_checkpoint(path, model, optimizer):
 
     Raises InputError for a file that is damaged or not of this model with these trained parts.
     """
-    parameters = trained_parameters(model)
-    trained, saved, state, scale = checkpoint.read_checkpoint(path)
-    if missing := sorted(parameters.keys() - trained.keys()):
-        raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which this run trains")
-    lora.lay_over(model, trained, scale, path)
+    parameters = stored_parameters(model)
+    held, saved, state, scale = checkpoint.read_checkpoint(path, parameters)
+    lora.lay_over(model, held, scale, path)
     for key, tensor in saved.items():
         kind, _, name = key.partition(".")
         if name not in parameters or tensor.shape != (() if kind == "step" else parameters[name].shape):
@@ -329,16 +425,16 @@ def restore_checkpoint(path, model, optimizer):
     return state
 
 
-def trained_parameters(model):
-    """{official name: parameter} of the trainable parameters."""
-    return {official_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def stored_parameters(model):
+    """{official name: parameter} of what the base model does not hold: trainable, or of a part that was drawn."""
+    return {official_name(name): parameter for name, parameter in model.named_parameters()
+            if parameter.requires_grad or part_of(name) in model.drawn}
 
 
-def keep_newest(run, count, losses):
+def keep_newest(run, count, losses, run_id):
     """Delete a run's checkpoints but the newest `count` and the one with the lowest of the `losses`, {step: loss}."""
-    paths = sorted(Path(run, CHECKPOINTS).glob("step-*.safetensors"))
-    checkpoints = {int(path.stem.removeprefix("step-")): path for path in paths}
-    best = min(checkpoints.keys() & losses.keys(), key=losses.get, default=None)
-    for step in list(checkpoints)[:-count]:
+    ours = {step: path for step, path in checkpoint.checkpoints(run).items() if checkpoint.run_of(path) == run_id}
+    best = min(ours.keys() & losses.keys(), key=losses.get, default=None)
+    for step in list(ours)[:-count]:
         if step != best:
-            checkpoints[step].unlink()
+            ours[step].unlink()

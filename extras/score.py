@@ -115,8 +115,8 @@ def score_table(answers):
 
 def print_scores(answers, table, settings):
     """Print the `score_table` of `answers`, and the {flag: value} settings that they were made with."""
-    scored = table["all"]["questions"] if table else 0
-    print(f"{count(len(answers), 'question')}, {scored} of them with an answer to compare with; "
+    scored, failed = table["all"]["questions"] if table else 0, sum(line["error"] is not None for line in answers)
+    print(f"{count(len(answers), 'question')}, {scored} of them with an answer to compare with, {failed} not answered; "
           + " ".join(as_flag(*flag) for flag in settings.items() if flag[1] is not None and flag[1] is not False))
     print(f"{'':<32} questions  " + "  ".join(PRINTED))
     for name, row in table.items():

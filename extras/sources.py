@@ -1,7 +1,7 @@
 """Which rows does `--data` name, and how are several data sets mixed?
 
     owner/name, FOLDER       parquet files on the Hub or here     streamed from any row on (data.py)
-    my.jsonl                 a file in one of the usual formats   read whole, one page in 20 held out for validation
+    my.jsonl                 a file in one of the usual formats   read whole, one image in 20 held out for validation
     synthetic                pages drawn from a seed              without an end
     my.jsonl=2,owner/name    several                              mixed evenly over the epoch
 
@@ -10,35 +10,43 @@ A row is a dict: for a file what `read_entry` makes of an entry, else DocumentVQ
 import collections
 import heapq
 import itertools
+import os
 import re
 from pathlib import Path
 
 from data import numbered, open_hub_rows
-from model.errors import InputError
-
-HELD_OUT, MOST_HELD_OUT = 20, 64        # of a file one page in 20 is held out for validation, at least 1, at most 64
+from model.errors import InputError, warn
 
 
-def open_rows(data, split, seed=0, domains="plain", hold_out=True, columns=None):
+def open_rows(data, split, seed=0, domains="plain", hold_out=True, columns=None, answered=True):
     """The rows of a split, to be iterated as often as needed: dicts, images not decoded.
 
     `data`: Hub id (`owner/name`, or `owner/name:config`), local folder in Hub layout, a file in any of FORMATS, a
     mixture file that names several, or "synthetic" (`synthetic:1` for pages of one tile only), pages drawn from `seed`
     that look like `domains`. Several, comma-separated, are mixed; `=2` behind a name: it comes twice in an epoch.
-    A file has no splits: with `hold_out` "validation" is one page in 20 of it and "train" the others, else both are all
-    of it. `columns`: see `open_hub_rows`. Raises InputError for what cannot be reached or lacks a split or a column.
+    A file has no splits: with `hold_out` `splits_of` divides the rows of all files together, else both are all rows.
+    `columns`: see `open_hub_rows`. `answered`: rows without an answer are malformed. Raises InputError for what cannot
+    be reached or lacks a split or a column.
     """
-    parts = []
-    for name, weight in named_parts(data):
-        if Path(name).is_file():
-            parts += [(rows, name, weight * often) for rows, often in open_file(name, split, hold_out)]
-        else:
+    from extras import formats
+    named, parts = named_parts(data), []
+    files = {name: open_file(name, split, answered) for name, _ in named if os.path.isfile(name)}
+    rows_of_files = [row for of_file in files.values() for part in of_file for row in part.rows] if hold_out else []
+    splits = formats.splits_of(rows_of_files)
+    split_of = dict(zip(map(id, rows_of_files), splits))
+    if "neither" in splits and split == "train":
+        warn(f"{data}: {splits.count('neither')} rows are left out: they show images that are held out and others")
+    for name, weight in named:
+        for part in files.get(name, ()):
+            rows = [row for row in part.rows if not hold_out or split_of[id(row)] == split]
+            parts.append((rows, name, weight * part.weight))
+        if name not in files:
             rows = (open_synthetic(name, split, seed, domains) if is_synthetic(name)
                     else open_hub_rows(name, split, columns))
             parts.append((rows, name, weight))
-    if split == "validation" and all(rows == [] for rows, _, _ in parts):
-        raise InputError(f"{data}: too few pages to hold one out for validation; name others with --eval-data, or "
-                         "switch it off with --eval-every 0")
+    if all(rows == [] for rows, _, _ in parts):
+        raise InputError(f"{data}: no rows for {split}: too few images to hold one out for validation; name others "
+                         "with --eval-data, or switch it off with --eval-every 0")
     if len(parts) == 1 and parts[0][2] == 1:
         return parts[0][0]
     return Mixture([(rows, count_rows(rows, name), weight if split == "train" else 1) for rows, name, weight in parts])
@@ -55,11 +63,11 @@ def count_rows(rows, name):
 def named_parts(data):
     """'a.jsonl=2,owner/name' -> [('a.jsonl', 2.0), ('owner/name', 1.0)]."""
     parts = []
-    for name in [data] if Path(data).exists() else data.split(","):
+    for name in [data] if os.path.exists(data) else data.split(","):
         if not name.strip():
             raise InputError(f"{data!r}: one of its names is empty; expected names separated by commas")
         begin, _, weight = name.rpartition("=")
-        if Path(name).exists() or not begin:
+        if os.path.exists(name) or not begin:
             parts.append((name, 1.0))
         elif re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0:
             parts.append((begin, float(weight)))
@@ -83,7 +91,7 @@ def open_synthetic(name, split, seed, domains):
 
 def whole_paths(data):
     """'a.jsonl=2,owner/name' -> the same with whole paths of files, so that a run can be used from any folder."""
-    parts = [(name if is_synthetic(name) or not Path(name).exists() else str(Path(name).resolve()), weight)
+    parts = [(name if is_synthetic(name) or not os.path.exists(name) else str(Path(name).resolve()), weight)
              for name, weight in named_parts(data)]
     return ",".join(name if weight == 1 else f"{name}={weight:g}" for name, weight in parts)
 
@@ -119,19 +127,13 @@ class Mixture:
                 yield row | {"part": (part, time)}
 
 
-def open_file(path, split, hold_out):
-    """(rows, how often they come in an epoch) of a file, or of each file in a mixture file. See `open_rows`."""
+def open_file(path, split, answered):
+    """The parts of a file, or of each file in a mixture file. Raises InputError. See `open_rows`."""
     from extras.formats import read_file
-    for part in read_file(path):
-        if part.problems:
-            count = len(part.problems)
-            more = f"; {count} in all, listed by: python data.py check {path}" if count > 1 else ""
-            raise InputError(": ".join(part.problems[0]) + more)
-        kept = held_out(part.rows) if hold_out else ()
-        yield [row for row in part.rows if not hold_out or (row["key"] in kept) == (split == "validation")], part.weight
-
-
-def held_out(rows):
-    """The keys of the rows held out for validation, all rows of an image or none; by a hash, whatever their order."""
-    keys = sorted({row["key"] for row in rows})
-    return set(keys[:min(max(1, len(keys) // HELD_OUT), MOST_HELD_OUT, len(keys) - 1)])
+    if split not in ("train", "validation"):
+        raise InputError(f"{path}: --split {split}; a file has train and validation")
+    parts = read_file(path)
+    if problems := [problem for part in parts for problem in part.problems + part.unanswered * answered]:
+        more = f"; {len(problems)} in all, listed by: python data.py check {path}" if len(problems) > 1 else ""
+        raise InputError(": ".join(problems[0]) + more)
+    return parts

@@ -4,6 +4,7 @@ PyAV reads videos (pip install av), pypdfium2 reads PDF (pip install pypdfium2);
 Animated GIF, WebP and PNG need nothing but Pillow. Source of the frames: the model card of InternVL2.
 """
 import re
+import struct
 import sys
 from pathlib import Path
 
@@ -13,33 +14,52 @@ from model.errors import InputError
 from model.images import load_image
 
 ANIMATED = (".gif", ".webp", ".png", ".apng")
-PDF_DPI, PDF_PAGES = 200, 40                    # resolution, as of the scans in DocumentVQA; most pages of one PDF
+PDF_DPI, DOCUMENT_PAGES = 200, 40               # resolution, as of the scans in DocumentVQA; most pages at once
 
 
 def load_images(source, allow_private=False):
-    """Read a path, an http(s) address, "-" (standard input) or a PDF -> list of Pillow images. Raises InputError."""
+    """Read a path, an address, "-" (standard input), a PDF or a TIFF -> list of Pillow images. Raises InputError."""
     if source == "-":
         return [load_image(sys.stdin.buffer.read(), name="standard input")]
-    if "://" not in source and re.search(r"\.pdf(#\d+)?$", source, re.IGNORECASE):
-        return read_pdf(source)
-    return [load_image(source, allow_private)]
+    document = re.fullmatch(r"(.*\.(pdf|tiff?))(?:#(\d{1,9}))?", source, re.IGNORECASE | re.DOTALL)
+    if "://" in source or not document:
+        return [load_image(source, allow_private)]
+    path, kind, number = document.groups()
+    return read_pdf(path, number) if kind.lower() == "pdf" else read_tiff(path, number)
 
 
-def read_pdf(source):
+def chosen(path, number, count):
+    """The indices of a document's pages to read: all, or the one with a number, from 1. Raises InputError."""
+    if number and not 0 < int(number) <= count:
+        raise InputError(f"{path}#{number}: it has {count} pages")
+    if not number and count > DOCUMENT_PAGES:
+        raise InputError(f"{path}: {count} pages; at most {DOCUMENT_PAGES} at once: choose one, {path}#1")
+    return [int(number) - 1] if number else range(count)
+
+
+def read_tiff(path, number):
+    """The pages of a TIFF as Pillow images: scan.tif all of them, scan.tif#2 the second. Raises InputError."""
+    load_image(path, page=0)
+    with Image.open(path) as document:
+        pages = chosen(path, number, getattr(document, "n_frames", 1))
+    return [load_image(path, page=page) for page in pages]
+
+
+def read_pdf(path, number):
     """The pages of a PDF as RGB Pillow images: scan.pdf all of them, scan.pdf#2 the second. Raises InputError."""
     try:
         import pypdfium2
     except ImportError as error:
-        raise InputError(f"{source}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
-    path, number = re.fullmatch(r"(.*?)(?:#(\d+))?", source, re.DOTALL).groups()
+        raise InputError(f"{path}: reading PDF needs the package pypdfium2: pip install pypdfium2") from error
     try:
         with pypdfium2.PdfDocument(path) as document:
-            pages = [int(number) - 1] if number else range(len(document))
-            if len(pages) > PDF_PAGES:
-                raise InputError(f"{source}: {len(pages)} pages; at most {PDF_PAGES} at once: choose one, {source}#1")
-            return [document[page].render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
-    except (OSError, IndexError, pypdfium2.PdfiumError) as error:
-        raise InputError(f"{source}: cannot be read as a PDF, or has no such page ({error})") from error
+            pages = [document[page] for page in chosen(path, number, len(document))]
+            for width, height in (page.get_size() for page in pages):
+                if width * height * (PDF_DPI / 72) ** 2 > Image.MAX_IMAGE_PIXELS:
+                    raise InputError(f"{path}: a page of {width:.0f} x {height:.0f} points; expected a sheet of paper")
+            return [page.render(scale=PDF_DPI / 72).to_pil().convert("RGB") for page in pages]
+    except (OSError, pypdfium2.PdfiumError) as error:
+        raise InputError(f"{path}: cannot be read as a PDF ({error})") from error
 
 
 def frame_places(count, frames, per_second=1.0, span=None):
@@ -74,7 +94,7 @@ def read_video(path, frames=8, span=None):
             places = places_in(path, count, frames, float(stream.average_rate or 1), span)
             container.seek(0)
             return pick(container.decode(stream), places, lambda frame: frame.to_image())
-    except (OSError, IndexError, av.FFmpegError) as error:
+    except (OSError, IndexError, UnicodeError, av.FFmpegError) as error:
         raise InputError(f"{path}: cannot be read as a video ({error})") from error
 
 
@@ -87,7 +107,7 @@ def read_animation(path, frames, span):
                 seconds.append(frame.info.get("duration", 0) / 1000)
             places = places_in(path, len(seconds), frames, len(seconds) / (sum(seconds) or len(seconds)), span)
             return pick(ImageSequence.Iterator(video), places, lambda frame: frame.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an animation ({error})") from error
 
 

@@ -7,6 +7,7 @@
 The whole conversation is written anew for each turn; what it shares with the cache is not read again. So `undo` needs
 no rule of its own, nor does an answer whose text has other tokens than those that were generated.
 """
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from model.errors import InputError
 from model.generate import generate
 from model.images import load_image
 from model.language import KVCache
-from model.prompt import IMAGE_TOKEN, PLACEHOLDER, Prompt, write_conversation
+from model.prompt import IMAGE_TOKEN, MARKUP, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, tile_page
 from model.tokenizer import special_id
 
@@ -43,12 +44,12 @@ class Turn:
 class Chat:
     """A conversation with a model. `turns` are the questions and answers so far, `waiting` the images for the next one.
 
-    `max_tiles`: limit for the grid of an image; the other settings are those of `generate`. After a turn `report` has
-    the answer, its tokens and timings, and `read` is the number of prompt tokens that were new.
+    `max_tiles`: limit for the grid of an image, by default the model's; the other settings are those of `generate`.
+    After a turn `report` has the answer, its tokens and timings, and `read` the number of prompt tokens that were new.
     """
 
-    def __init__(self, model, max_tiles=12, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
-        self.model, self.max_tiles = model, max_tiles
+    def __init__(self, model, max_tiles=None, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
+        self.model, self.max_tiles = model, max_tiles or model.config.max_tiles
         self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         self.clear()
 
@@ -174,8 +175,11 @@ class Chat:
 
 
 def decode(model, tokens):
-    """The text of an answer's tokens."""
-    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    """The text of an answer's tokens, without special tokens other than markup."""
+    tokenizer = model.tokenizer
+    markup = {index: text for text, index in tokenizer.get_added_vocab().items() if MARKUP.fullmatch(text)}
+    return "".join("".join(map(markup.get, run)) if marked else tokenizer.decode(list(run), skip_special_tokens=True)
+                   for marked, run in itertools.groupby(tokens, markup.__contains__)).strip()
 
 
 def describe(model, question, tokens, tiles, prompt_tokens, prefill_seconds, decode_tokens_per_second):

@@ -4,17 +4,19 @@
                       files and model.safetensors.index.json, which names them
     adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
-    checkpoint        of a run: its trained tensors in float32 and the optimizer's state; the rest is the base model's
+    checkpoint        of a run: what it trains or drew, and the optimizer's state; the rest is the base model's
 
 Only safetensors and JSON are read or written.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.config import Config
-from model.errors import InputError, warn
-from model.names import file_names, join_rows, split_rows
+from model.errors import InputError, finite, warn
+from model.names import PARTS, file_names, join_rows, official_name, part_of, split_rows
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
@@ -32,48 +34,61 @@ BESIDE_WEIGHTS = (                      # the other files of a model folder, for
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
     "configuration_*.py", "modeling_*.py", "conversation.py")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MOST_HEADER = 100_000_000               # bytes of the header of a safetensors file, the format's own limit
 TINY = Path(__file__).parent / "tiny"
 LORA_SCALE = 2.0                        # of the folders that the official LoRA script leaves: alpha is twice the rank
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
-def resolve(name, seed=None):
-    """Find a model -> (model folder, checkpoints and adapter folders to lay over it, seed of random weights or None).
+def resolve(name, skip=(), allow_changed=False, seen=()):
+    """Find a model -> (model folder, what to lay over it, parts that are not read from its weights).
 
-    `name`: see `InternVL.from_pretrained`; the files of a Hub id are downloaded. Raises InputError.
+    `name`, `allow_changed`: see `InternVL.from_pretrained`; files of a Hub id are downloaded. `skip`: parts that the
+    caller draws.
+    To lay over: (checkpoint or adapter folder, parts that its run drew, parts to skip in it). `seen`: the keys of files
+    that led to `name`. Raises InputError.
     """
     from model.lora import ADAPTER_CONFIG, read_adapter_config
     if name == "tiny":
-        return TINY, [], seed
+        return TINY, [], skip
     path = Path(name)
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
-        return resolve(path.parent, seed)
+        return resolve(path.parent, skip, allow_changed, seen)
     if (run / SETTINGS).is_file() and (path != run or not has_weights(run)):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
             raise InputError(f"{name}: this run has no checkpoint yet; its base model is {settings['model']}")
-        if Path(settings["model"]).resolve() in (run.resolve(), trained.resolve()):
-            raise InputError(f"{name}: its {SETTINGS} names itself as the base model; expected another model")
-        folder, overlays, seed = resolve(settings["model"], settings["seed"] if settings["from_scratch"] else None)
-        return folder, [*overlays, trained], seed
+        drawn = PARTS if settings["from_scratch"] else (settings.get("init") or "").split(",")
+        where = f"{run / SETTINGS}: model"
+        found = resolve_base(where, settings["model"], trained, drawn, skip, allow_changed, seen)
+        if not allow_changed:                               # with `skip`: compare what the run itself has read
+            base = resolve(settings["model"], drawn, True) if skip else (found[0], found[1][:-1], found[2])
+            check_base(name, settings, *base)
+        return found
     if (path / ADAPTER_CONFIG).is_file():
-        folder, overlays, seed = resolve(read_adapter_config(path)[0], seed)
-        return folder, [*overlays, path], seed
+        where = f"{path / ADAPTER_CONFIG}: base_model_name_or_path"
+        return resolve_base(where, read_adapter_config(path)[0], path, (), skip, allow_changed, seen)
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError(f"{name}: no {CONFIG} in this folder; expected a model folder, a run folder or a Hub id")
-        return path, [], seed
+        return path, [], skip
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or "
                          "'tiny'")
-    folder = download(name, BESIDE_WEIGHTS)
-    if seed is None and not has_weights(folder):
-        warn(f"{name}: about {2 * about_parameters(Config.read(folder / CONFIG)) / 1e9:.1f} GB to download; the "
-             "weights take as much memory in bfloat16, twice that in float32; train.py prints what a step takes")
-    return folder if seed is not None else download(name, (WEIGHTS, INDEX, SHARDS)), [], seed
+    folder, unread = download(name, BESIDE_WEIGHTS), {*PARTS} <= {*skip}
+    return folder if unread else download_weights(name, folder), [], skip
+
+
+def download_weights(name, folder):
+    """Print the size of a model whose other files are in `folder`, unless it is there already; download its weights."""
+    if not has_weights(folder):
+        gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
+        warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that in "
+             "float32; train.py prints what a step takes")
+    return download(name, (WEIGHTS, INDEX, SHARDS))
 
 
 def about_parameters(config):
@@ -89,9 +104,22 @@ def has_weights(folder):
     return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
+def resolve_base(where, base, overlay, drawn, skip, allow_changed, seen):
+    """`resolve` the base model that a key of a file names, and lay a checkpoint or an adapter folder over it."""
+    try:
+        if where in seen:
+            raise InputError(f"{base}: leads back to itself; expected another model")
+        folder, overlays, without = resolve(base, {*skip, *drawn}, allow_changed, (*seen, where))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return folder, [*overlays, (overlay, drawn, skip)], without
+
+
 def read_settings(run):
     """The settings of a run folder, as train.py wrote them. Raises InputError."""
     try:
+        if not os.path.isfile(Path(run, SETTINGS)):
+            raise ValueError(f"no file {SETTINGS} in it")
         settings = json.loads(Path(run, SETTINGS).read_text(encoding="utf-8"))
         for key, kind in (("model", str), ("seed", int), ("from_scratch", bool), ("train", str)):
             if not isinstance(settings.get(key), kind):
@@ -103,6 +131,27 @@ def read_settings(run):
         raise InputError(f"{run}: not a run folder ({error}); expected the --out folder of an earlier run") from error
 
 
+def check_base(name, settings, *base):
+    """Raise InputError if the base model of a run is not the one that it was trained on. `base`: of `resolve`."""
+    if "base_fingerprint" not in settings:
+        warn(f"{name}: a run of an earlier version; whether its base model has changed is unknown")
+    elif settings["base_fingerprint"] != fingerprint(*base):
+        raise InputError(f"{name}: its base model {settings['model']} changed since it was trained; bring that one "
+                         "back, or use this one with --allow-changed")
+
+
+def step_of(name):
+    """The step in the name of a checkpoint file; None if it is none: step-0000001.safetensors, exactly."""
+    found = re.fullmatch(r"step-([0-9]{7}|[1-9][0-9]{7,18})\.safetensors", name)
+    return found and int(found[1])
+
+
+def checkpoints(run):
+    """{step: file} of a run's checkpoints, the newest last."""
+    paths = [path for path in Path(run, CHECKPOINTS).glob("step-*") if step_of(path.name) is not None]
+    return {step_of(path.name): path for path in sorted(paths, key=lambda path: step_of(path.name))}
+
+
 def settings_of(name):
     """The settings of the run that `name` is, or is a file of; {} if it is another model. Raises InputError."""
     folders = Path(name), *Path(name).parents[:2 * Path(name).is_file()]
@@ -111,7 +160,42 @@ def settings_of(name):
 
 def latest_checkpoint(run):
     """The newest checkpoint file of a run, or None."""
-    return max(Path(run, CHECKPOINTS).glob("step-*.safetensors"), default=None)
+    return next(reversed(checkpoints(run).values()), None)
+
+
+def run_of(path):
+    """The id of the run that wrote a checkpoint; None for one of an earlier version, and for what cannot be read."""
+    with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("run_id")
+
+
+def fingerprint(folder, overlays=(), without=()):
+    """A hash, 16 hex digits, of a model as `resolve` found it: config, tokenizer and, unless all are drawn, weights.
+
+    Of the weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
+    """
+    files = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
+    files += () if {*PARTS} <= {*without} else sorted(folder.glob("model*.safetensors"))
+    for path, *_ in overlays:
+        files += sorted(path.glob("adapter_*")) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for path in filter(Path.is_file, files):
+        for part in (path.name.encode(), *(parts_of(path) if path.suffix == ".safetensors" else [path.read_bytes()])):
+            total.update(part)
+    return total.hexdigest()[:16]
+
+
+def parts_of(path):
+    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            yield (header := file.read(min(size, MOST_HEADER)))
+            for name, tensor in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = tensor["data_offsets"]
+                    file.seek(8 + size + begin)
+                    yield file.read(min(end - begin, 4096))
 
 
 def download(name, files):
@@ -134,26 +218,31 @@ def download(name, files):
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
-def load(model, folder, overlays, seed=None, device=None, dtype=None):
-    """Fill a model that was built on the meta device, with what `resolve` returned. See `InternVL.from_pretrained`."""
+def load(model, folder, overlays, without=(), device=None, dtype=None):
+    """Fill a model that was built on the meta device, but for parts that nothing in `overlays` holds. See `resolve`."""
     from model.lora import lay_over, load_adapter, our_layers
+    paths = folder, *(path for path, _, _ in overlays)
+    for file in (file for path in paths for file in (path.iterdir() if path.is_dir() else [path])):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file}: a pipe, a socket or a device; expected a regular file")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    check_size(model, folder, device, dtype if seed is None else torch.float32)
-    adapters, model.files = {}, {}
-    if seed is None:
-        tensors, stored, model.files, adapters = read(folder, model, device, dtype)
-        model.load_state_dict(tensors, assign=True)
-    else:
-        model.to_empty(device="cpu").init_weights(seed)
-        model.to(device, dtype)
-        stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    check_size(model, folder, device, dtype)
+    stored, adapters, model.files = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype)), {}, {}
+    if wanted := {name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in without}:
+        tensors, read_as, files, adapters = read(folder, wanted, model.config.language, device, dtype, without)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        stored, model.files = stored | read_as, {} if without or adapters else files
+    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
+    empty.to(dtype).to_empty(device=device)
+    if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
+        raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
     model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
@@ -161,8 +250,14 @@ def load(model, folder, overlays, seed=None, device=None, dtype=None):
                          f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
     lay_over(model, our_layers(adapters, model), LORA_SCALE, folder)
-    for path in overlays:
-        load_adapter(path, model) if path.is_dir() else load_checkpoint(path, model)
+    for path, drawn, skip in overlays:
+        if path.is_dir():
+            load_adapter(path, model, skip)
+        else:
+            load_checkpoint(path, model, drawn, skip)
+            tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
+            model.config = replace(model.config, max_tiles=min(tiles, 128))
+    model.fingerprint = fingerprint(folder, overlays, without)
     return model
 
 
@@ -197,16 +292,16 @@ def weight_files(folder):
         raise InputError(f"{index}: not an index of weights ({error}); download or copy it again") from error
 
 
-def read(folder, model, device, dtype):
+def read(folder, wanted, language, device, dtype, skip=()):
     """Read the weights of a folder -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file},
     {name in files: file}, {name: tensor} of the adapters that the official LoRA script leaves unmerged).
 
-    Raises InputError, which lists tensors that are missing, unexpected, there twice, or of another shape or dtype.
+    `wanted`: {our name: tensor of the expected shape}; `skip`: parts that are not read. Raises InputError, which lists
+    tensors that are missing, unexpected, there twice, or of another shape or dtype.
     """
-    wanted, language = model.state_dict(), model.config.language
     holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
     trouble = {"missing": [], "unexpected": [], "duplicate": [], "wrong shape": [], "wrong dtype": []}
-    for path, name, part in tensors_of(weight_files(folder)):
+    for path, name, part in tensors_of(weight_files(folder), skip):
         plain = name.replace(".base_model.model", "").replace(".base_layer.", ".").replace(".default.", ".")
         ours, shape, kind = holds.get(plain, ()), tuple(part.get_shape()), part.get_dtype()
         rows = [len(wanted[one]) for one in ours]
@@ -221,24 +316,27 @@ def read(folder, model, device, dtype):
         elif kind not in STORED_DTYPES:
             trouble["wrong dtype"].append(f"{name} {kind}")
         else:
-            tensors |= zip(ours, split_rows(part[:].to(device, dtype), rows, language.kv_heads, language.decoder))
+            whole = finite(part[:].to(device, dtype), name, path)
+            tensors |= zip(ours, split_rows(whole, rows, language.kv_heads, language.decoder))
             stored |= dict.fromkeys(ours, STORED_DTYPES[kind])
         files[plain] = path.name
     trouble["missing"] = sorted(holds.keys() - files.keys())
-    listed = [f"{len(found)} {kind} ({', '.join(found[:3] + ['...'] * (len(found) > 3))})"
+    listed = [f"{len(found)} {kind} ({', '.join(found[:8] + ['...'] * (len(found) > 8))})"
               for kind, found in trouble.items() if found]
     if listed:
+        parts = {part_of(name) for found in trouble.values() for name in found} - {None}
         raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
-                         f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}")
-    return tensors, stored, {} if adapters else files, adapters
+                         f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}"
+                         + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
+    return tensors, stored, files, adapters
 
 
-def tensors_of(paths):
-    """Yield (path, name, slice of the tensor) of safetensors files; each is opened once. Raises InputError."""
+def tensors_of(paths, skip):
+    """Yield (path, name, slice of the tensor) of safetensors files, without the parts `skip`. Raises InputError."""
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
+                for name in (name for name in file.keys() if part_of(name) not in skip):
                     yield path, name, file.get_slice(name)
         except FileNotFoundError as error:
             raise InputError(f"{path}: not found; a model folder holds its weights in {WEIGHTS}, or in files named by "
@@ -247,30 +345,38 @@ def tensors_of(paths):
             raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
 
 
-def load_checkpoint(path, model):
-    """Copy the trained tensors of a run's checkpoint into a model. See `read_checkpoint` and `lora.lay_over`."""
+def load_checkpoint(path, model, drawn=(), skip=()):
+    """Copy a run's checkpoint into a model, but for the parts in `skip`; the others that the run drew must be whole."""
     from model.lora import lay_over
-    trained, _, _, scale = read_checkpoint(path)
-    lay_over(model, trained, scale, path)
+    whole = [official_name(name) for name in model.state_dict() if part_of(name) in {*drawn} - {*skip}]
+    held, _, _, scale = read_checkpoint(path, whole)
+    lay_over(model, {name: tensor for name, tensor in held.items() if part_of(name) not in skip}, scale, path)
 
 
-def read_checkpoint(path):
-    """Read a checkpoint -> (trained tensors, optimizer state, `state`, scale of its adapters).
+def read_checkpoint(path, needed=()):
+    """Read a checkpoint -> (trained and drawn tensors, optimizer state, `state`, scale of its adapters).
 
     Tensors are in dicts by official name, those of the optimizer after their kind: "exp_avg.mlp1.1.weight". Raises
-    InputError, also where a byte changed.
+    InputError, also where a byte changed or a `needed` tensor is missing.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata(), file.keys()
-            state, scale = metadata["state"], float(metadata.get("lora_scale", 0))
-            if checksum(names, file.get_tensor, state) != metadata["sha256"]:
+            text, scale, run = metadata["state"], float(metadata.get("lora_scale", 0)), path.parent.parent
+            state = json.loads(text)
+            if (run / SETTINGS).is_file() and metadata.get("run_id") != read_settings(run).get("run_id"):
+                raise InputError(f"{path}: a checkpoint of another run; move it away")
+            if step_of(path.name) not in (None, state["step"]):
+                raise InputError(f"{path}: holds step {state['step']}; move it away, or name it after that")
+            if checksum(names, file.get_tensor, text) != metadata["sha256"]:
                 raise InputError(f"{path}: damaged, its checksum is not that of the saved tensors; delete it to resume "
                                  "from the checkpoint before")
             tensors = {"model": {}, "optimizer": {}}
             for kind, _, name in (name.partition(".") for name in names):
-                tensors[kind][name] = file.get_tensor(f"{kind}.{name}")
-            return tensors["model"], tensors["optimizer"], json.loads(state), scale
+                tensors[kind][name] = finite(file.get_tensor(f"{kind}.{name}"), f"{kind}.{name}", path)
+            if missing := sorted({*needed} - tensors["model"].keys()):
+                raise InputError(f"{path}: lacks {', '.join(missing[:3])}, which its run trains or drew")
+            return tensors["model"], tensors["optimizer"], state, scale
     except InputError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -303,17 +409,14 @@ def save(model, folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
-        set_merged(folder / CONFIG)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        new = config | {"max_dynamic_patch": model.config.max_tiles}                            # others cut pages by it
+        new |= {key: 0 for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)}     # merged now
+        if new != config:
+            write_text(folder / CONFIG, json.dumps(new, indent=2) + "\n")
         write_weights(folder, model.files or shard(sizes), sizes, lambda name: stored(holds[name]))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error
-
-
-def set_merged(path):
-    """Note in the config.json of a folder that the official LoRA script left that its adapters are merged now."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("use_llm_lora") or config.get("use_backbone_lora"):
-        write_text(path, json.dumps(config | {"use_llm_lora": 0, "use_backbone_lora": 0}, indent=2) + "\n")
 
 
 def shard(sizes, most=SHARD_BYTES):
@@ -348,7 +451,9 @@ def copy_files(model, folder, patterns):
 
 
 def write_tensors(path, tensors, metadata):
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all. Raises InputError for values that are not finite."""
+    for name, tensor in tensors.items():
+        finite(tensor, name, path)
     with atomic_replace(path) as beside:
         save_file(tensors, beside, metadata)
 
@@ -361,8 +466,13 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def atomic_replace(path):
-    """Yield a path beside `path` to write to; then rename it, so that `path` never holds half a file."""
-    beside = path.with_name(path.name + ".part")
+    """Yield a path to write to, in a folder of its own; then rename it to `path`, which so never holds half a file."""
+    for number in itertools.count():
+        folder = path.with_name(f"{path.name}.part{number or ''}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()                                  # so nothing in it is anybody else's
+            break
+    beside = folder / path.name
     try:
         yield beside
         with open(beside, "r+b") as file:
@@ -370,4 +480,9 @@ def atomic_replace(path):
         os.chmod(beside, 0o644)                             # safetensors makes it readable by its owner alone
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_left_behind(folder):
+    """Whether this is a folder of `atomic_replace` whose process was killed; `.tmp*` is safetensors' own."""
+    return folder.is_dir() and all(path.name == folder.stem or path.match(".tmp*") for path in folder.iterdir())

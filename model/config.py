@@ -70,6 +70,7 @@ class Config:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     shuffle: int = 2                    # the projector merges shuffle x shuffle patches into one image token
     thumbnail: bool = True              # a page of several tiles gets one more tile: the whole page
+    max_tiles: int = 12                 # most tiles of a page when the model was trained, the thumbnail not counted
     stored_dtype: str = "bfloat16"      # of a checkpoint written from scratch
     template: Template = TEMPLATES["Hermes-2"]
 
@@ -101,7 +102,8 @@ class Config:
                                         qk_norm=vision["qk_normalization"], qkv_bias=vision["qkv_bias"]),
                            read_language(language), shuffle=round(1 / official["downsample_ratio"]),
                            thumbnail=official["use_thumbnail"], stored_dtype=official["torch_dtype"],
-                           template=read_template(official, Path(path).parent))
+                           template=read_template(official, Path(path).parent),
+                           **numbers({"max_dynamic_patch": 12} | official, TILES))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{path}: not an InternVL2 config ({type(error).__name__}: {error}); "
                              "expected the official config.json with vision_config and llm_config") from error
@@ -155,6 +157,8 @@ LANGUAGE = {name: VISION[name] for name in ("width", "layers", "heads", "mlp_wid
     "kv_heads": ("num_key_value_heads", 512), "vocabulary": ("vocab_size", 1_000_000),
     "rope_theta": ("rope_theta", 1e9), "norm_eps": ("rms_norm_eps", 1.0),
     "max_positions": ("max_position_embeddings", 10 ** 9)}
+
+TILES = {"max_tiles": ("max_dynamic_patch", 128)}
 
 # The values of a config.json that this code implements: image features are the last layer's output (select_layer -1),
 # the pixel shuffle has the order "v2".

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model.errors import finite
 from model.language import KVCache, page_mask
 from model.tokenizer import special_id
 
@@ -39,6 +40,9 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in questions] if temperature else questions
     running = list(range(len(questions)))                               # indices of the questions that have not ended
     for _ in range(max_new_tokens):
+        low, high = logits.float().aminmax(dim=-1)
+        # all logits are equal where a norm's mean square overflowed: x / inf is 0
+        finite((high - low).log(), "log(max - min) of the logits", "the answer")
         tokens = sample(logits.float(), temperature, top_p, [generators[i] for i in running])
         step = dict(zip(running, tokens.tolist()))
         yield [step.get(i) for i in range(len(questions))]
@@ -88,7 +92,7 @@ def sample(logits, temperature, top_p, generators):
     """float32 logits (questions, V), one generator per question -> int64 (questions,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probability, token = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    probability, token = torch.softmax(logits / max(temperature, 1e-6), dim=-1).sort(dim=-1, descending=True)
     before = probability.cumsum(dim=-1) - probability                       # of all likelier tokens together
     probability[(before >= top_p) & (before > 0)] = 0                       # the likeliest one always stays
     drawn = torch.stack([torch.multinomial(p, 1, generator=generator) for p, generator in zip(probability, generators)])

@@ -16,20 +16,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from model.errors import InputError
+from model.errors import InputError, warn
 
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF")  # none that starts other programs
 ORIENTATION, SIDEWAYS = 0x112, (5, 6, 7, 8)     # an EXIF tag, and its values that swap width and height
 FETCH_SECONDS, FETCH_BYTES, FETCH_REDIRECTS = 20, 50_000_000, 10                        # limits for one address
+REQUEST = b"GET %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: internvl2\r\nConnection: close\r\n\r\n"
 
 
-def load_image(source, allow_private=False, name=None):
+def load_image(source, allow_private=False, name=None, page=None):
     """Read an image -> Pillow image of mode 1, L or RGB.
 
     `source`: path, http(s) address, a file's bytes (or what `bytes()` turns into them), or an image, returned as it is.
-    `allow_private`: fetch from private networks too. `name`: of the source in errors. The result is what a viewer
-    shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to 8, the first frame. Raises
-    InputError, also for 32 bits per channel and for more than 89 million pixels.
+    `allow_private`: fetch from private networks too. `name`: of the source in errors. `page`: of a TIFF, from 0. The
+    result is what a viewer shows: rotated as its EXIF says, transparent parts white, 16 bits per channel scaled to 8,
+    the first frame. Raises InputError, also for 32 bits per channel and for more than 89 million pixels.
     """
     if isinstance(source, Image.Image):
         return source
@@ -45,6 +46,9 @@ def load_image(source, allow_private=False, name=None):
         with warnings.catch_warnings(action="ignore"):                  # about metadata that is not used
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(source, formats=[format for format in FORMATS if format in Image.OPEN])
+            if image.format == "TIFF" and page is None and image.n_frames > 1:
+                warn(f"{name}: {image.n_frames} pages, only the first is read; save each as an image of its own")
+            image.seek(page or 0)
             image.load()                # Image.open reads the header only; a truncated file fails here
             return as_shown(image)
     except FileNotFoundError as error:
@@ -92,7 +96,6 @@ def compressed(image, quality):
 # ------------------------------------------------------------------------------------------------------------ addresses
 
 # with the standard library: which HTTP client is installed depends on the release of huggingface_hub
-
 # reserved IPv4; Teredo and 6to4, which embed an IPv4 address
 NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "2001::/32", "2002::/16")]
 
@@ -104,14 +107,11 @@ def is_public(peer):
 
 
 class Received(io.RawIOBase):
-    """A socket as http.client takes it, readable until a deadline however slowly it drips; then `settimeout` raises."""
+    """A socket as http.client reads it, until a deadline however slowly it drips; then `settimeout` raises."""
 
     def __init__(self, sock, deadline):
-        self.sock, self.deadline, self.sendall, self.close = sock, deadline, sock.sendall, lambda: None
-        self.makefile = lambda _: io.BufferedReader(self)
-
-    def readable(self):
-        return True
+        self.sock, self.deadline, self.makefile = sock, deadline, lambda _: io.BufferedReader(self)
+        self.readable = lambda: True
 
     def readinto(self, buffer):
         self.sock.settimeout(self.deadline - time.monotonic())
@@ -120,8 +120,6 @@ class Received(io.RawIOBase):
 
 def connect(url, allow_private, deadline):
     """A socket to the host of a URL. The IP address that is judged is the one connected to."""
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise OSError(f"{url.geturl()!r} is not an http(s) address")
     failure, secure = OSError("no address"), url.scheme == "https"
     for *_, place in socket.getaddrinfo(url.hostname, url.port or (443 if secure else 80), type=socket.SOCK_STREAM):
         peer = ipaddress.ip_address(place[0].partition("%")[0])
@@ -138,28 +136,26 @@ def connect(url, allow_private, deadline):
 def fetch(address, allow_private=False):
     """The bytes behind an http(s) address. Raises InputError for what fails, is too large, too slow or private.
 
-    The time limit covers everything but the system's name lookup; every redirect is judged like the first address.
-    Proxies are not used: behind one, nobody can judge the peer.
+    The time limit covers all but the name lookup; every redirect is judged. No proxy: behind one, nobody can judge.
     """
     deadline, target = time.monotonic() + FETCH_SECONDS, address
     try:
         for _ in range(FETCH_REDIRECTS + 1):
             url = urllib.parse.urlsplit(target)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise OSError(f"{target!r} is not an http(s) address")
+            path = url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl()
             with connect(url, allow_private, deadline) as sock:
-                path = url._replace(scheme="", netloc="", path=url.path or "/", fragment="").geturl()
-                connection = http.client.HTTPConnection(url.hostname)
-                connection.sock = Received(sock, deadline)
-                connection.request("GET", urllib.parse.quote(path, safe=string.punctuation), headers={
-                    "Host": url.netloc.rpartition("@")[2].encode("idna"), "User-Agent": "internvl2"})
-                response = connection.getresponse()
+                sock.sendall(REQUEST % (urllib.parse.quote(path, safe=string.punctuation).encode(),
+                                        url.netloc.rpartition("@")[2].encode("idna")))
+                response = http.client.HTTPResponse(Received(sock, deadline))
+                response.begin()
                 data = response.read(FETCH_BYTES + 1) if response.status == 200 else b""
-            if len(data) > FETCH_BYTES:
-                raise OSError(f"more than {FETCH_BYTES:,} bytes; expected an image")
-            if response.status == 200:
+            if response.status == 200 and len(data) <= FETCH_BYTES:
                 return data
             location = response.headers.get("Location", "").encode("latin-1").decode("utf-8", "replace")
-            if response.status not in (301, 302, 303, 307, 308) or not location:
-                raise OSError(f"HTTP Error {response.status} {response.reason}")
+            if data or response.status not in (301, 302, 303, 307, 308) or not location:
+                raise OSError(f"more than {FETCH_BYTES:,} bytes" if data else f"HTTP Error {response.status}")
             target = urllib.parse.urljoin(target, location)
         raise OSError(f"more than {FETCH_REDIRECTS} redirects")
     except (OSError, ValueError, http.client.HTTPException) as error:

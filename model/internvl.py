@@ -15,6 +15,7 @@ from torch import nn
 from model import checkpoint
 from model.config import Config
 from model.language import Decoder, page_mask
+from model.names import PARTS, part_of
 from model.projector import Projector
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
 from model.tokenizer import special_id
@@ -47,42 +48,52 @@ class InternVL(nn.Module):
         self.language = Decoder(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
+        self.drawn = ()                 # parts that were drawn, not read: checkpoints hold them, trained or frozen
 
     @classmethod
-    def from_pretrained(cls, name, device=None, dtype=None, seed=None):
+    def from_pretrained(cls, name, device=None, dtype=None, init=(), seed=0, allow_changed=False):
         """Load a model with its tokenizer from a Hub id, a model, run or adapter folder, or a checkpoint.
 
-        `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU. `seed`: draw the
-        weights instead of reading them. Raises InputError for a file that is missing, truncated or of another model.
+        `device`: a GPU if there is one, else the CPU. `dtype`: bfloat16 on a GPU, float32 on a CPU. `init`: parts (of
+        PARTS in names.py) that are drawn from `seed` instead of read; with None they stay empty. `allow_changed`: read
+        an unfinished run although its base model changed since it was trained. Raises InputError for that, and for a
+        file that is missing, truncated or of another model.
         """
-        folder, overlays, seed = checkpoint.resolve(name, seed)
+        folder, overlays, without = checkpoint.resolve(name, init, allow_changed)
         with torch.device("meta"):
             model = cls(Config.read(folder / checkpoint.CONFIG))
-        return checkpoint.load(model, folder, overlays, seed, device, dtype)
+        checkpoint.load(model, folder, overlays, without, device, dtype)
+        model.drawn = tuple(init)
+        if seed is not None:
+            model.init_weights(seed, init)
+        return model
 
     @classmethod
     def from_scratch(cls, name, seed=0, device=None, dtype=None):
         """Random weights, drawn from `seed`, for the configuration and tokenizer in a model folder."""
-        return cls.from_pretrained(name, device, dtype, seed)
+        return cls.from_pretrained(name, device, dtype, PARTS, seed)
 
     @torch.no_grad()
-    def init_weights(self, seed):
-        """Draw every matrix from `seed`: scaled normal, residual outputs smaller with depth. Norms are 1, biases 0."""
+    def init_weights(self, seed, parts=PARTS):
+        """Draw every matrix of some parts from `seed`: scaled normal, residual outputs smaller with depth. Vectors are
+        1, biases 0. Values that a constructor gives do not count."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(parameter, deviation):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
-        for name, parameter in self.named_parameters():
-            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+        drawn = {name: parameter for name, parameter in self.named_parameters() if part_of(name) in parts}
+        # the position as large as the patches' vectors, or the content drowns it
+        inputs = {"language.embedding.weight": 0.03, "vision.class_token": 0.5, "vision.position": 0.5}
+        for name, parameter in drawn.items():
+            if parameter.ndim < 2:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            elif name not in inputs:
                 stack = self.vision if name.startswith("vision") else self.language
-                depth = math.sqrt(2 * len(stack.blocks)) if name.endswith((".attention.out", ".mlp_down")) else 1
-                normal(module.weight, 0.8 / math.sqrt(module.weight[0].numel()) / depth)
-        normal(self.language.embedding.weight, 0.03)
-        normal(self.vision.class_token, 0.5)
-        normal(self.vision.position, 0.5)       # as large as the patches' vectors, or the content drowns the position
+                depth = 2 * len(stack.blocks) if name.endswith((".attention.out.weight", ".mlp_down.weight")) else 1
+                normal(parameter, 0.8 / math.sqrt(parameter[0].numel()) / math.sqrt(depth))
+        for name in [name for name in inputs if name in drawn]:
+            normal(drawn[name], inputs[name])
 
     def save_pretrained(self, folder):
         """Write a model folder in the official layout, each tensor in its dtype as loaded; adapters are merged."""

@@ -17,9 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from model.errors import InputError
+from model.errors import InputError, finite
 from model.layers import Linear
-from model.names import file_names, fuse, join_rows, official_name, our_name, split_rows, transformers_names
+from model.names import (
+    file_names,
+    fuse,
+    join_rows,
+    official_name,
+    our_name,
+    part_of,
+    split_rows,
+    transformers_names,
+)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -114,8 +123,8 @@ def read_adapter_config(folder):
         plain = {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
         trouble = [f"{key} {config[key]!r}" for key in plain if config.get(key) not in (plain[key], None)]
         base = config["base_model_name_or_path"]
-        if not base:
-            raise InputError(f"{path}: base_model_name_or_path is empty; write the model of the adapter there")
+        if not base or not isinstance(base, str):
+            raise InputError(f"{path}: base_model_name_or_path is {base!r}; write the model of the adapter there")
         if config["peft_type"] != "LORA" or trouble:
             raise InputError(f"{path}: {config['peft_type']} {', '.join(trouble)}; "
                              "expected plain LoRA, one rank and alpha for all layers")
@@ -157,19 +166,20 @@ def fused_layers(trained, language):
     return done
 
 
-def load_adapter(folder, model):
+def load_adapter(folder, model, skip=()):
     """Merge a PEFT folder into a model, whether it was made on the official model or on transformers' own.
 
-    Raises InputError for files that cannot be read and for layers that the model lacks.
+    The parts in `skip` stay. Raises InputError for files that cannot be read and for layers that the model lacks.
     """
     (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
     try:
-        found = {name.removeprefix(PREFIX).removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+        found = {name.removeprefix(PREFIX).removeprefix("model."): finite(tensor, name, path)
+                 for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
     # a model of transformers 5 has language_model.layers where all files have language_model.model.layers
     found = our_layers({re.sub(r"^language_model\.(?!model\.|lm_head|output\.)", "language_model.model.", name): tensor
-                        for name, tensor in found.items()}, model)
+                        for name, tensor in found.items() if part_of(name) not in skip}, model)
     for weight, _ in model.named_parameters():
         layer = weight.removesuffix("weight")
         for ours in (weight, f"{layer}adapter.a.weight", f"{layer}adapter.b.weight") if layer != weight else (weight,):

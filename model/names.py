@@ -1,11 +1,13 @@
 """What is each tensor called in files? Our names, the official ones and transformers', side by side.
 
-A part whose class has new tensors needs its rows here and nothing else. Sources: the header of the published file;
-transformers' models/internvl; the names that PEFT gives to adapters.
+A part whose class has new tensors needs its rows here and nothing else: ("queries",) for one that exists only here.
+Sources: the header of the published file; transformers' models/internvl; the names that PEFT gives to adapters.
 """
 import re
 
 import torch
+
+from model.errors import InputError
 
 # Ours, official, transformers: first where a part begins, then what it holds. The order is that of the official class:
 # it decides which tensors share a file.
@@ -63,13 +65,16 @@ FUSED = {
 
 def full_names(table):
     """The rows of a table like NAMES, each name with its part's."""
-    return [[f"{part}.{module}" for part, module in zip(parts, modules)] for parts, *rows in table for modules in rows]
+    return [[f"{part}.{module}" for part, module in zip(parts, modules if len(modules) > 1 else 3 * modules)]
+            for parts, *rows in table for modules in rows]
 
 
 ROWS = full_names(NAMES)
 OFFICIAL, TRANSFORMERS = {row[0]: row[1] for row in ROWS}, {row[0]: row[2] for row in ROWS}
 OURS = {row[1]: row[0] for row in ROWS}
 ORDER = {f"{parts[0]}.{row[0]}": (place, i) for place, (parts, *rows) in enumerate(NAMES) for i, row in enumerate(rows)}
+PART_OF = {name.split(".")[0]: part[0].split(".")[0].replace("language", "llm") for part, *_ in NAMES for name in part}
+PARTS = tuple(dict.fromkeys(PART_OF.values()))          # as flags name them
 ENDINGS = {".adapter.a.weight": ".lora_A.weight", ".adapter.b.weight": ".lora_B.weight",
            ".weight": ".weight", ".bias": ".bias"}
 
@@ -77,7 +82,7 @@ ENDINGS = {".adapter.a.weight": ".lora_A.weight", ".adapter.b.weight": ".lora_B.
 def official_name(ours):
     """'vision.blocks.7.mlp_up.weight' -> 'vision_model.encoder.layers.7.mlp.fc1.weight'; adapters as PEFT names them.
 
-    A run's checkpoints use these names, whatever the decoder. Raises KeyError for a tensor that has no row in NAMES.
+    A run's checkpoints use these names, whatever the decoder. Raises InputError for a tensor without a row in NAMES.
     """
     return translate(ours, OFFICIAL, ENDINGS)
 
@@ -86,8 +91,13 @@ def our_name(official):
     """The inverse of `official_name`; None for what is not the name of one of our tensors."""
     try:
         return translate(official, OURS, {theirs: ours for ours, theirs in ENDINGS.items()})
-    except KeyError:
+    except InputError:
         return None
+
+
+def part_of(name):
+    """The part in PARTS that a tensor belongs to, whichever of the three names it has; None for a foreign one."""
+    return PART_OF.get(name.split(".")[0])
 
 
 def file_names(names, decoder):
@@ -134,10 +144,10 @@ def transformers_names(ours):
 
 
 def translate(name, table, endings):
-    """Look up the name without its block's number and its ending; put both back. Raises KeyError."""
+    """Look up the name without its block's number and its ending; put both back. Raises InputError."""
     general, number, end = parse(name, endings)
     if general not in table:
-        raise KeyError(f"{name} has no row in model/names.py")
+        raise InputError(f"{name} has no row in model/names.py; add it to NAMES there")
     return table[general].replace("#", number) + endings.get(end, "")
 
 

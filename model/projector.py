@@ -16,6 +16,9 @@ class Projector(nn.Module):
         super().__init__()
         merged = config.vision.width * config.shuffle ** 2          # 4 patches side by side: 4096
         self.shuffle, self.grid = config.shuffle, config.vision.grid
+        self.token_grid = (self.grid // self.shuffle,) * 2          # rows and columns of its tokens over a tile
+        self.summary = (f"{self.shuffle} x {self.shuffle} neighboring patches are joined to {merged:,} numbers, and an "
+                        "MLP maps them to the width of the language model")         # for the page of --explain
         self.norm = LayerNorm(merged, eps=1e-5)
         self.up = Linear(merged, config.language.width)
         self.out = Linear(config.language.width, config.language.width)

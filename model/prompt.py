@@ -6,13 +6,14 @@ A page is written once, its questions are branches of it:
     branch 1    \\nWhat is the date?<|im_end|><|im_start|>assistant\\n[January 8, 1993.<|im_end|>]     [in the loss]
     branch 2    \\nWho signed it?<|im_end|><|im_start|>assistant\\n[W. Jones<|im_end|>]
 
-The positions of every branch begin where the prefix ends. Text that a user typed is always plain text: "<|im_end|>" in
-a question is ten characters, not the end of the turn.
+The positions of every branch begin where the prefix ends. Text that a user typed is plain text: "<|im_end|>" in a
+question is ten characters, not the end of the turn. Only <ref> <box> <quad> and their ends are tokens there, too.
 
 Source: the template "Hermes-2" of InternVL2-1B and those of its siblings, in the `conversation.py` published with each.
 """
 import ast
 import itertools
+import re
 from dataclasses import dataclass, field, replace
 
 from model.errors import InputError
@@ -25,7 +26,8 @@ INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: the next image goes here
-IGNORE_INDEX = -100
+MARKUP = re.compile("(</?(?:ref|box|quad)>)")           # tokens that name and frame a part of an image
+IGNORE_INDEX, LONGEST_TOKEN = -100, 256                 # characters of a token, at most
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,19 @@ class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
     def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None):
-        self.tokenizer, self.tokens_per_tile, self.template = tokenizer, tokens_per_tile, template
-        self.prompt, self.branch, self.position, self.swallow = Prompt(), 0, 0, False
+        self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
+        self.template, self.swallow = template, False           # swallow: white space that follows vanishes (Phi-3)
+        self.prompt, self.branch, self.position = Prompt(), 0, 0
         self.append(list(tokenizer("").input_ids), False)
         self.text(self.start("system") + (template.system if system is None else system))
         self.end()
 
     def text(self, text, in_loss=False):
-        text = text.lstrip() if self.swallow else text                  # behind some of Phi-3's special tokens
-        if text:
-            self.swallow = False
-            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-            self.append(ids, in_loss)
+        text = text.lstrip() if self.swallow else text
+        self.swallow = self.swallow and not text
+        for piece in MARKUP.split(text) if self.added.keys() >= set(MARKUP.findall(text)) else [text]:
+            self.append([self.added[piece]] if piece in self.added and MARKUP.fullmatch(piece) else
+                        self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):
         self.append([special_id(self.tokenizer, token)] * count, in_loss)
@@ -144,12 +147,14 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     prompt, too_long = builder.prompt, []
     prefix, swallow = len(prompt.ids), builder.swallow
     for index, turns in enumerate(branches):
+        # megabytes are not even tokenized
+        hopeless = max_length and sum(len(text or "") for turn in turns for text in turn) > LONGEST_TOKEN * max_length
         begin = len(prompt.ids)
         builder.branch, builder.position, builder.swallow = index + 1 - len(too_long), prefix, swallow
-        for i, (question, answer) in enumerate(turns):
+        for i, (question, answer) in enumerate(() if hopeless else turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
-        if max_length and prefix + len(prompt.ids) - begin > max_length:
+        if hopeless or max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in vars(prompt).values():
                 del column[begin:]
             too_long.append(index)

@@ -190,7 +190,7 @@ def measure(ways, passes, device):
 def load(settings, dtype):
     """(our model, transformers' on the same weights in `dtype`, or None)."""
     model = randomise(InternVL.from_scratch(settings.model, 0, settings.device, dtype))
-    reference = None if settings.ours_only else reference_model(model).to(settings.device)
+    reference = None if settings.ours_only else reference_model(model, whole=True).to(settings.device)
     choose_parts(model, "projector")
     if settings.compile:
         for block in [*model.vision.blocks, *model.language.blocks]:

@@ -52,7 +52,7 @@ def main():
     with torch.no_grad():
         ours = model(batch)
 
-    reference = reference_model(model).requires_grad_(False)
+    reference = reference_model(model, whole=True).requires_grad_(False)
     reference.model.multi_modal_projector.requires_grad_(True)
     prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(example.tiles)], page.questions, page.answers)
     labels, started = torch.tensor(prompt.labels[1:]), time.perf_counter()

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+import embedded  # noqa: E402, F401  before any module takes TINY
 from reference import randomise  # noqa: E402
 
 from model import InternVL  # noqa: E402
@@ -69,6 +70,14 @@ def wide(wide_folder):
     return InternVL.from_pretrained(wide_folder, device="cpu")
 
 
+def pytest_collect_file(file_path, parent):
+    """`pytest tests/exercises` runs the exercises, which are red until they are solved; `pytest tests` leaves them alone."""
+    folder, session = ROOT / "tests" / "exercises", parent.session
+    if file_path.parent == folder and file_path.match("exercise_*.py") and session.isinitpath(folder) and not session.isinitpath(file_path):
+        return pytest.Module.from_parent(parent, path=file_path)
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "official: about a whole published model; another projector may break it")
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch.compile
     config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create")     # more workers than cores, on purpose

@@ -30,6 +30,8 @@ def main():
 
     with serve(root, faults) as address:
         os.environ |= {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+        import embedded  # noqa: F401
+
         import data
         import train
         from extras.cli import run

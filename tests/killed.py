@@ -1,7 +1,7 @@
 """Kills a run of train.py with SIGKILL again and again, resuming each time: python tests/killed.py DATA FOLDER KILLS
 
 torch is imported once; every run is a fork of this process, begun before any thread exists. Writes FOLDER/whole, the run that nobody
-disturbed, and FOLDER/run; prints where each kill came, as JSON.
+disturbed, and FOLDER/run; prints where each kill came, and whether workers outlived it, as JSON.
 """
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import datasets  # noqa: E402, F401
+import embedded  # noqa: E402, F401
 import fsspec  # noqa: E402, F401
 import torch  # noqa: E402
 from pyarrow import parquet  # noqa: E402, F401
@@ -27,10 +28,18 @@ PHASES = {"check_step": 0.05, "evaluate": 0.2, "save_checkpoint": 0.01, "main": 
 
 
 def attempt(flags, log, phase=None, call=0, delay=0.0):
-    """Run train.py in a fork; SIGKILL it `delay` seconds after the `call`-th call of the function `phase`. Returns its status."""
+    """Run train.py in a fork; SIGKILL it `delay` seconds after the `call`-th call of the function `phase`.
+
+    Returns its status, and whether workers of it are still alive.
+    """
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        status = os.waitpid(child, 0)[1]
+        try:
+            return status, os.killpg(child, 0) is None
+        except ProcessLookupError:
+            return status, False
+    os.setpgid(0, 0)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -75,17 +84,17 @@ def main():
                "--accumulate", "2", "--steps", str(STEPS), "--eval-every", "3", "--eval-pages", "2", "--save-every", "2",
                "--keep", "2", "--lr", "1e-3", "--out", str(folder / name)]
         return new if not (folder / name / "settings.json").exists() else ["--resume", str(folder / name)]
-    assert attempt(flags("whole"), folder / "whole.log") == 0
+    assert attempt(flags("whole"), folder / "whole.log")[0] == 0
     draw, moments = random.Random(0), []
     while len(moments) < kills:
         phase = list(PHASES)[len(moments) % len(PHASES)]
-        status = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "check_step" else draw.randint(1, 3),
+        status, orphans = attempt(flags("run"), folder / "run.log", phase, 1 if phase != "check_step" else draw.randint(1, 3),
                          draw.random() * PHASES[phase])
         assert status in (0, signal.SIGKILL), (folder / "run.log").read_text()[-3000:]
         assert status != 0, f"the run came to its end after {len(moments)} kills"
-        half = [path.name for path in (folder / "run").rglob("*.part")]
-        moments.append([phase, half])
-    assert attempt(flags("run"), folder / "run.log") == 0
+        moments.append([phase, orphans])
+    assert attempt(flags("run"), folder / "run.log")[0] == 0
+    assert not [path.name for path in (folder / "run").rglob("*") if path.suffix in (".part", ".lock")]
     print(json.dumps(moments))
 
 

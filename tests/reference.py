@@ -1,9 +1,11 @@
 """The reference: transformers' own InternVL, given the same weights. Nobody here wrote it."""
+import copy
 import re
 
 import torch
 import torch.nn.functional as F
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from model.names import official_name
@@ -46,8 +48,11 @@ def transformers_tensors(official):
     return found
 
 
-def reference_model(model):
-    """transformers' InternVL in the shape and with the weights of `model`, in its dtype."""
+def reference_model(model, whole=False):
+    """transformers' InternVL in the shape and with the weights of `model`, in its dtype.
+
+    Its projector is a copy of the model's, of whatever class; `whole`: transformers' own, in tests marked `official`.
+    """
     vision, language = model.config.vision, model.config.language
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
@@ -64,8 +69,18 @@ def reference_model(model):
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False)
     with torch.device("meta"):
         reference = InternVLForConditionalGeneration(config)
-    tensors = {official_name(name): tensor.detach() for name, tensor in model.state_dict().items()}      # shared, not copied
+    tensors = {official_name(name): tensor.detach() for name, tensor in model.state_dict().items()       # shared, not copied
+               if whole or not name.startswith("projector.")}
+    if not whole:
+        del reference.model.multi_modal_projector
     reference.load_state_dict(transformers_tensors(tensors), strict=True, assign=True)
+    if not whole:
+        projector = reference.model.multi_modal_projector = copy.deepcopy(model.projector)
+
+        def encode_images(pixel_values, **_):
+            patches = reference.model.vision_tower(pixel_values.to(reference.dtype)).last_hidden_state[:, 1:]
+            return BaseModelOutputWithPooling(pooler_output=projector(patches))
+        reference.model.get_image_features = encode_images
     reference.model.language_model.rotary_emb = Qwen2RotaryEmbedding(config.text_config)     # its buffers are not stored
     return reference.eval()
 

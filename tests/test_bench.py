@@ -11,6 +11,7 @@ from model.checkpoint import TINY
 from model.config import Config
 
 
+@pytest.mark.official
 def test_both_steps_of_the_benchmark_do_the_same_work(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_step.py", "--model", str(TINY), "--device", "cpu", "--tiles", "3", "--pages", "2", "--questions", "2.5",
                                       "--their-rows", "2", "--passes", "1", "--json"])
@@ -20,6 +21,7 @@ def test_both_steps_of_the_benchmark_do_the_same_work(capsys, monkeypatch):
     assert {"speed_ratio", "memory_ratio", "questions_per_second", "model_flops_utilisation", "estimated_gb"} < found.keys()
 
 
+@pytest.mark.official
 def test_every_ablation_has_the_same_loss(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_step.py", "--model", str(TINY), "--device", "cpu", "--ablate", "--passes", "1", "--json"])
     bench_step.main()

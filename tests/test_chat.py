@@ -20,7 +20,7 @@ def noise(width, height, seed=0):
 def anew(model, pictures, turns, count, images=None):
     """The answer's tokens when the whole conversation is read in one piece."""
     tiles = [tile_page(picture, 12, 128) for picture in pictures]
-    prompt = conversation_prompt(model.tokenizer, 64, [len(t) for t in tiles], turns, images)
+    prompt = conversation_prompt(model.tokenizer, model.config.tokens_per_tile, [len(t) for t in tiles], turns, images)
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     return [step[0] for step in generate(model, [(stacked, prompt)], count)]
 
@@ -45,7 +45,7 @@ def test_turn_3_equals_the_reference_token_by_token(wide):
         chat.ask(question, *([] if chat.turns else [page]))
     tiles = torch.from_numpy(tile_page(page, 2))
     turns = [(turn.question, turn.answer) for turn in chat.turns]
-    prompt = conversation_prompt(wide.tokenizer, 256, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
+    prompt = conversation_prompt(wide.tokenizer, wide.config.tokens_per_tile, [len(tiles)], [*turns[:2], (turns[2][0], None)], [1, 0, 0])
     assert chat.report["tokens"] == reference_answer(reference, wide, tiles, prompt, 8)
 
 
@@ -57,7 +57,7 @@ def test_a_turn_reads_its_own_tokens_only_and_sees_no_tile_twice(tiny, monkeypat
     chat.ask("What?", noise(256, 256))
     first = chat.read
     chat.ask("And the other?")
-    assert first > 5 * 64 and chat.read < 64 and seen == [5]
+    assert first > 5 * tiny.config.tokens_per_tile and chat.read < 64 and seen == [5]
     chat.undo()
     chat.undo()
     chat.ask("Which?")                              # the image waited for this question; its prefix is in the cache
@@ -140,10 +140,11 @@ def test_settings_are_the_conversations_or_one_questions(tiny):
 
 @pytest.mark.parametrize("question, images, message", [
     ("", 0, "the question is empty"), (" \n", 1, "the question is empty"),
-    ("word " * 10_000, 0, "exceed the model's 2048"), ("What?", 40, "exceed the model's 2048"),
+    ("word " * 10_000, 0, "exceed the model's 2048"), ("What?", None, "exceed the model's 2048"),
     ("<image>?", 2, "2 images, but 1 <image>")])
 def test_a_question_that_cannot_be_asked_changes_nothing(tiny, question, images, message):
     chat = tiny.chat(max_new_tokens=5)
+    images = 2048 // tiny.config.tokens_per_tile + 1 if images is None else images
     chat.ask("A?")
     with pytest.raises(InputError, match=message):
         chat.ask(question, *[noise(128, 128)] * images)

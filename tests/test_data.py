@@ -232,7 +232,17 @@ def test_bad_pages_are_named(tiny):
     cut = Page("9/1", [good.images[0][:100]], good.questions, good.answers, rows=3)
     assert "cannot read it as an image" in prepare[cut].error
     assert "none of its 3 questions has an answer" in prepare[Page("9/1", good.images, rows=3)].error
-    assert "leave no room in --max-length 60" in PageDataset(tiny, 4, max_length=60)[good].error
+    assert "leave no room in --max-length 60; raise it" in PageDataset(tiny, 4, max_length=60)[good].error
+
+
+def test_what_exceeds_the_positions_of_the_model_is_left_out_whatever_max_length_is(tiny):
+    [page] = group_rows_into_pages(page_rows(1, questions=2))
+    page.questions[1] = "the date of this page " * 400
+    example = PageDataset(tiny, 4, max_length=8192)[page]
+    assert example.kept_questions == [0] and example.too_long == [page.questions[1]] and max(example.prompt.positions) < 2048
+    page.questions[0] = page.questions[1]
+    assert "leave no room in the model's 2048 positions; lower --max-tiles" in PageDataset(tiny, 4, max_length=8192)[page].error
+    assert PageDataset(tiny, 4, max_length=None)[page].error is None                    # where somebody else judges lengths
 
 
 def test_an_error_while_reading_rows_reaches_the_reader():

@@ -20,6 +20,7 @@ from data import Page, PageDataset, group_rows_into_pages
 from extras import evaluate
 from extras.evaluate import answer, answer_batch, answer_questions, evaluate_rows, question_pages
 from model import InputError, InternVL
+from model.checkpoint import TINY
 
 
 def examples_of(model, rows, **more):
@@ -89,6 +90,20 @@ def test_validation_gives_the_answers_of_an_evaluation_and_sees_each_page_once(t
     assert [line["answer"] for line in answers] == [line["answer"] for line in whole] and len(seen) == 3
 
 
+def test_a_validation_answers_as_long_as_the_longest_right_answer_and_counts_what_it_leaves_out(tiny, monkeypatch, capsys):
+    asked, answers = [], evaluate.answer_batch
+    monkeypatch.setattr(evaluate, "answer_batch", lambda *given, **more: asked.append(more["max_new_tokens"]) or answers(*given, **more))
+    rows = mixed_rows(2)
+    for row in rows:
+        row["answers"] = ["word " * 100] if row["docId"] else ["word"]
+    rows[0]["question"] = "the date of this page " * 400
+    examples = examples_of(tiny, rows)
+    train.evaluate(tiny, examples)
+    longest = len(tiny.tokenizer("word " * 100).input_ids) + 1
+    assert asked == [train.LONGEST_ANSWER, longest] and longest > train.LONGEST_ANSWER
+    assert "validation: skipped: 0 pages, 1 question too long, 0 without an answer; 0 questions not answered" in capsys.readouterr().err
+
+
 def test_questions_about_the_same_images_share_a_page_of_bounded_size():
     assert [page.ids for page in question_pages([(0, "A?", ["a"]), (1, "B?", ["b"]), (2, "C?", ["a"]), (3, "<image> D?", ["a"]),
                                                  (4, "<image> D?", ["a"]), (5, "E <image>?", []), (6, "F?", [])])] == [[0, 2], [1], [3, 4], [5, 6]]
@@ -131,34 +146,67 @@ def test_a_file_of_answers_that_stopped_anywhere_ends_like_an_uninterrupted_one(
         out.write_bytes(data[:stop])
         assert run(out) == whole and out.read_bytes().startswith(data[:data[:stop].rfind(b"\n") + 1])
     for other in (asked[:3], asked[1:], [(asked[0][0], []), *asked[1:]]):
-        with pytest.raises(InputError, match="answers other questions than these"):
-            run(out, other)
-    for stranger in (b"5\n", b"{}\n", b"text\n", b'{"question": 1}\n', b"[1]\n", b"\xff\n"):
-        out.write_bytes(stranger + b"no end")
-        with pytest.raises(InputError, match="cannot be resumed|answers other questions"):
+        assert run(out, other) == run(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", other)
+    for stranger in (b"5\nno end", b"{}\n", b"text", b'{"question": 1}\n', b"[1]\n", b"\xff\n", b'{"a": "no end"}', data + b"no end", data + b"\n"):
+        out.write_bytes(stranger)
+        with pytest.raises(InputError, match="cannot be resumed"):
             run(out)
-        assert out.read_bytes() == stranger + b"no end"
+        assert out.read_bytes() == stranger
+
+
+def test_answers_of_other_weights_or_settings_are_refused_and_stay(tiny, tmp_path):
+    asked, path = [("A?", []), ("B?", [])], tmp_path / "out.jsonl"
+    answer_questions(tiny, asked, path, max_new_tokens=2, temperature=0.5)
+    before = path.read_bytes()
+    for more in ({"max_new_tokens": 3}, {"temperature": 0.6}, {"max_tiles": 3}):
+        with pytest.raises(InputError, match=f"was started with {'max_tiles=12' if 'max_tiles' in more else list(more)[0]}.*repeat that"):
+            answer_questions(tiny, asked, path, **{"max_new_tokens": 2, "temperature": 0.5} | more)
+    tiny.vision.blocks[1].mlp_down.weight.data[-1, -1] += 1e-3                # one weight of all
+    with pytest.raises(InputError, match="was started with model=[0-9a-f]{16}; repeat that"):
+        answer_questions(tiny, asked, path, max_new_tokens=2, temperature=0.5)
+    assert path.read_bytes() == before
+
+
+def test_an_answer_is_known_by_its_question_and_the_content_of_its_images(tiny, tmp_path, capsys):
+    """A renamed page is not asked again, another page under its name is; what nobody asks any more is dropped and counted."""
+    for i in range(4):
+        Image.effect_noise((128, 128), 90).save(tmp_path / f"{i}.png")
+    def run(*names):
+        answer_questions(tiny, [("What?", [str(tmp_path / f"{name}.png")]) for name in names], tmp_path / "out.jsonl", max_new_tokens=2)
+        assert [json.loads(line)["images"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [[str(tmp_path / f"{name}.png")] for name in names]
+        return capsys.readouterr().err.splitlines()[-1]
+    assert run(0, 1, 2, "gone") == "4 questions: 3 answered now, 0 kept, 1 not answered"
+    (tmp_path / "0.png").rename(tmp_path / "gone.png")
+    (tmp_path / "3.png").rename(tmp_path / "1.png")
+    assert run("gone", 1, 2) == "3 questions: 1 answered now, 2 kept, 0 not answered; 1 earlier answers dropped"
+    assert run("gone", 1, 2, 2) == "4 questions: 0 answered now, 4 kept, 0 not answered"
 
 
 def test_predictions_that_cannot_be_resumed_are_one_error_and_stay(tiny, tmp_path):
     settings = dict(evaluate="x", max_tiles=4, max_new_tokens=2, temperature=0.0, top_p=1.0, seed=0)
     path, rows = tmp_path / "p.json", mixed_rows(2)
     evaluate_rows(tiny, rows, settings, path)
-    whole, scores = path.read_bytes(), (tmp_path / "p.scores.json").read_bytes()
+    whole, scores = path.read_bytes(), (tmp_path / "p.json.scores.json").read_bytes()
     evaluate_rows(tiny, rows, settings, path)
-    assert (path.read_bytes(), (tmp_path / "p.scores.json").read_bytes()) == (whole, scores)
-    with pytest.raises(InputError, match="was started with --max-tiles 4; repeat that"):
+    assert (path.read_bytes(), (tmp_path / "p.json.scores.json").read_bytes()) == (whole, scores)
+    with pytest.raises(InputError, match="was started with max_tiles=4; repeat that"):
         evaluate_rows(tiny, rows, settings | {"max_tiles": 5}, path)
-    for other in (mixed_rows(1), mixed_rows(2, first=7), mixed_rows(3)[2:]):
-        with pytest.raises(InputError, match="answers other questions than these"):
-            evaluate_rows(tiny, other, settings, path)
+    tiny.language.embedding.weight.data[-1, -1] += 1e-3
+    with pytest.raises(InputError, match="was started with model="):
+        evaluate_rows(tiny, rows, settings, path)
+    tiny.language.embedding.weight.data[-1, -1] -= 1e-3
     assert path.read_bytes() == whole
     for stranger in (b"5", b"[5]", b"[{}]", b"text", b"\xff"):
         path.write_bytes(stranger)
         with pytest.raises(InputError, match="cannot be resumed"):
             evaluate_rows(tiny, rows, settings, path)
         assert path.read_bytes() == stranger
-    (tmp_path / "p.scores.json").unlink()
+    path.write_bytes(whole)
+    for stranger in (b"5", b"[5]", b"{}", b"text", b"\xff", b'{"fingerprint": "x"}'):
+        (tmp_path / "p.json.scores.json").write_bytes(stranger)
+        with pytest.raises(InputError, match="cannot be resumed|was started with x"):
+            evaluate_rows(tiny, rows, settings, path)
+    (tmp_path / "p.json.scores.json").unlink()
     with pytest.raises(InputError, match="cannot be resumed"):
         evaluate_rows(tiny, rows, settings, path)
     with pytest.raises(InputError, match="the data holds no rows"):
@@ -180,7 +228,7 @@ def test_an_evaluation_stopped_after_any_page_ends_like_an_uninterrupted_one(tin
         with pytest.raises(KeyboardInterrupt):
             evaluate_rows(tiny, rows, settings, tmp_path / "p.json", batch)
     assert evaluate_rows(tiny, rows, settings, tmp_path / "p.json", 2) == whole
-    for suffix in (".json", ".scores.json"):
+    for suffix in (".json", ".json.scores.json"):
         assert (tmp_path / f"p{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
@@ -205,7 +253,7 @@ def test_ctrl_c_leaves_whole_lines_and_the_command_repeated_completes_them(tmp_p
     threading.Thread(target=server.serve_forever, daemon=True).start()
     images, out = [f"http://127.0.0.1:{server.server_port}/{i}.png" for i in range(6)], tmp_path / "answers.jsonl"
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": "What?", "images": [image]}) for image in images))
-    command = [sys.executable, ROOT / "infer.py", "--tiny", "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
+    command = [sys.executable, ROOT / "infer.py", "--tiny", "--model", TINY, "--max-new-tokens", "3", "--allow-private", "--questions", tmp_path / "q.jsonl", "--out", out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while "/3.png" not in requests:
         assert process.poll() is None and not time.sleep(0.02)

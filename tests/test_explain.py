@@ -60,10 +60,11 @@ def test_it_is_one_file_that_fetches_nothing(explained):
     assert all(Image.open(io.BytesIO(base64.b64decode(picture))).size > (0, 0) for picture in pictures)
 
 
+@pytest.mark.official
 def test_its_tokens_are_the_prompts(explained):
     model, page, (question, truth), text, answer = explained
     assert answer == truth
-    prompt, _ = page_prompt(model.tokenizer, 64, [5], [question], [answer])
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [5], [question], [answer])
     told = [re.match(r"(\d+), (\d+)", token).groups() for token in Reader(text).tokens]
     first_of_images = prompt.ids.index(261)
     expected = [(str(token), str(position)) for i, (token, position) in enumerate(zip(prompt.ids, prompt.positions))
@@ -75,7 +76,7 @@ def test_its_tokens_are_the_prompts(explained):
 def test_its_probabilities_are_the_models(explained):
     model, page, (question, _), text, answer = explained
     tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
-    prompt, _ = page_prompt(model.tokenizer, 64, [5], [question], [answer])
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [5], [question], [answer])
     with torch.no_grad():
         logits = all_logits(model, model.pack([(tiles, prompt)]))
     places = [i - 1 for i, label in enumerate(prompt.labels) if label != IGNORE_INDEX]
@@ -89,16 +90,17 @@ def test_its_probabilities_are_the_models(explained):
     assert float(re.search(r"here ([\d.]+)\.</p>", text)[1]) == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.official
 def test_every_step_tells_its_shapes_and_its_file(explained):
     text = explained[3]
     translation = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your English name is InternVL, "
                    "and you are a helpful and harmless AI assistant.")        # of the Chinese system sentence
     assert translation in " ".join(text.split())
     told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
-    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 256", "5, 64, 96", "349, 96",
-                    "6, 96", "6, 288"]
+    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 96", "349, 96", "6, 96", "6, 288"]
+    assert "2 x 2 neighboring patches are joined to 256 numbers" in text and "shows the 8 x 8 tokens of" in text
     files = [re.findall(r"<code>([\w/]+\.py)</code>", where) for where in re.findall(r"<p class='where'>(.*?)</p>", text)]
-    assert len(files) == text.count("<h2>") == 8 and all(files)
+    assert len(files) == text.count("<h2>") and all(files)
     assert all((ROOT / name).exists() for names in files for name in names)
 
 
@@ -111,6 +113,7 @@ def test_what_is_explained_is_what_the_chat_read(explained):
         assert run.prompt.ids[:len(read)] == read and 0 < run.looked.sum() < 1
 
 
+@pytest.mark.official
 def test_the_readmes_pictures_are_drawn_anew(tmp_path):
     """Sizes are exact. Pixels are not: Pillow's builds smooth text differently, and processors differ in a sum's last bits,
     which `byte()` can turn into a step of colour and rounding into another digit of a percentage."""
@@ -138,6 +141,7 @@ def test_the_readmes_pictures_are_drawn_anew(tmp_path):
         assert token == old_token or float(old_bar) < 2.2                               # unlikely ones may change places
 
 
+@pytest.mark.official
 def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
     page, asked = draw_page(random.Random("test 4"), shape=SHAPES[0])
     page.save(tmp_path / "page.png")

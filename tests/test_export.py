@@ -1,30 +1,38 @@
 """What we write opens elsewhere and answers the same; what PEFT writes opens here."""
+import importlib.util
 import json
+import random
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import call, refuses, train
-from conftest import real
+from conftest import ROOT, SHARED, real
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference import page_prompt, reference_model, reference_pixels, transformers_tensors
+from PIL import Image
+from reference import conversation_prompt, page_prompt, reference_model, reference_pixels, transformers_tensors
 from safetensors.torch import load_file, save_file
 from small_data import mixed_rows
 from test_lora import LLM_LEAVES, example, logits
 from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 
 from data import PageDataset, group_rows_into_pages
-from extras.export import transformers_files
+from extras.export import add_chat_template, transformers_files
 from model import InputError, InternVL
 from model.checkpoint import TINY
 from model.config import Config
 from model.generate import generate
 from model.images import load_image
 from model.names import official_name
-from model.prompt import IMAGE_TOKEN
+from model.prompt import IMAGE_TOKEN, INSTRUCTION
 from model.tiling import tile_page
+from model.tiny.pages import draw_page
+from model.tokenizer import load_tokenizer
 
 RUN = "--tiny", "--train", "projector,lora", "--lora-targets", "llm,vision", "--lora-rank", 4, "--lr", "projector=5e-3,lora=3e-3"
 
@@ -49,24 +57,24 @@ def export(tmp_path, capsys, monkeypatch):
 
 
 def asked():
-    """(Pillow image, question) pairs about drawn pages."""
-    return [(load_image(page.images[0]), page.questions[0]) for page in group_rows_into_pages(mixed_rows(4))]
+    """(Pillow image, question) pairs about drawn pages; the base knows no instruction, so three steps change its answers."""
+    return [(load_image(page.images[0]), page.questions[0] + INSTRUCTION) for page in group_rows_into_pages(mixed_rows(4))]
 
 
 def our_answers(model, count=12):
     answers = []
     for image, question in asked():
         tiles = tile_page(image, 12, 128)
-        prompt, _ = page_prompt(model.tokenizer, 64, [len(tiles)], [question])
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         answers.append([step[0] for step in generate(model, [(tiles, prompt)], count)])
     return answers
 
 
-def their_answers(reference, tokenizer, count=12):
+def their_answers(reference, model, count=12):
     answers = []
     for image, question in asked():
         tiles = tile_page(image, 12, 128)
-        prompt, _ = page_prompt(tokenizer, 64, [len(tiles)], [question])
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         ids = torch.tensor([prompt.ids])
         out = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=reference_pixels(tiles),
                                  max_new_tokens=count, do_sample=False)
@@ -74,6 +82,7 @@ def their_answers(reference, tokenizer, count=12):
     return answers
 
 
+@pytest.mark.official
 def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, export):
     run = make_run(*RUN)
     answers = our_answers(InternVL.from_pretrained(run, "cpu"))
@@ -82,10 +91,10 @@ def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, e
     official = export(run, "official")
     assert load_file(official / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
     assert our_answers(InternVL.from_pretrained(official, "cpu")) == answers
-    reference = reference_model(InternVL.from_pretrained(official, "cpu"))               # loads strictly, by its own key map
+    reference = reference_model(InternVL.from_pretrained(official, "cpu"), whole=True)               # loads strictly, by its own key map
     reference.generation_config.eos_token_id = InternVL.from_pretrained("tiny", "cpu").tokenizer.eos_token_id
     reference.generation_config.pad_token_id = 0
-    assert their_answers(reference, InternVL.from_pretrained("tiny", "cpu").tokenizer) == answers
+    assert their_answers(reference, InternVL.from_pretrained("tiny", "cpu")) == answers
     (run / "model.safetensors").unlink()                                                # interrupted: the checkpoint is merged
     assert our_answers(InternVL.from_pretrained(run, "cpu")) == answers
     adapter = export(run, "peft")
@@ -93,6 +102,7 @@ def test_a_finished_run_its_checkpoint_and_its_exports_are_one_model(make_run, e
 
 
 @pytest.mark.parametrize("layout", ["transformers", "native"])           # two names of one layout
+@pytest.mark.official
 def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make_run, export, layout):
     folder = export(make_run(*RUN), layout)
     model = InternVL.from_pretrained(folder.parent / "run", "cpu")
@@ -102,7 +112,7 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
     assert theirs.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in theirs.state_dict().items())
     tokenizer, processor = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
-    assert their_answers(theirs, tokenizer) == our_answers(model)
+    assert their_answers(theirs, model) == our_answers(model)
     for image, question in asked():                                                     # the folder's own recipe for a prompt
         tiles = tile_page(image, 12, 128)
         pixels = processor(image.convert("RGB"), return_tensors="pt").pixel_values
@@ -111,8 +121,112 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
                                              tokenize=False, add_generation_prompt=True)
         span = tokenizer.start_image_token + tokenizer.context_image_token * 64 * len(tiles) + tokenizer.end_image_token
         ids = tokenizer(text.replace(IMAGE_TOKEN, span), add_special_tokens=False).input_ids
-        assert ids == page_prompt(model.tokenizer, 64, [len(tiles)], [question])[0].ids
+        assert ids == page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])[0].ids
 
+
+# ---------------------------------------------------------------------------------------------------------- model cards
+
+class Processor:
+    """AutoProcessor where torchvision is missing: tokenizer and image processor of the folder, put together as there."""
+
+    def __init__(self, folder):
+        self.tokenizer, self.images = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
+        self.per_tile, self.decode = json.loads((Path(folder) / "processor_config.json").read_text())["image_seq_length"], self.tokenizer.decode
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls(folder)
+
+    def apply_chat_template(self, messages, **how):
+        assert how == dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        pixels = self.images(messages[0]["content"][0]["image"], return_tensors="pt").pixel_values
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = text.replace(IMAGE_TOKEN, f"<img>{IMAGE_TOKEN * self.per_tile * len(pixels)}</img>")
+        return {**self.tokenizer(text, add_special_tokens=False, return_tensors="pt"), "pixel_values": pixels}
+
+
+class OfficialModel:
+    """What model cards use of the official InternVLChatModel, by transformers' model with the weights of the folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype):
+        model = cls()
+        model.ours = InternVL.from_pretrained(folder, "cpu")
+        model.eval = model.cuda = lambda: model
+        return model
+
+    def chat(self, tokenizer, pixels, question, generation_config):
+        assert generation_config.keys() <= {"max_new_tokens", "do_sample"} and pixels.dtype == torch.bfloat16
+        text = tokenizer.apply_chat_template([{"role": "user", "content": f"<image>\n{question}"}], tokenize=False, add_generation_prompt=True)
+        text = text.replace("<image>", f"<img>{IMAGE_TOKEN * self.ours.config.tokens_per_tile * len(pixels)}</img>")
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        out = reference_model(self.ours, whole=True).generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels.float(), pad_token_id=0,
+                                                              eos_token_id=tokenizer.eos_token_id, **generation_config)
+        return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def dynamic_preprocess(image, min_num=1, max_num=6, image_size=448, use_thumbnail=False):
+    return [Image.fromarray(tile.transpose(1, 2, 0)) for tile in tile_page(image, max_num, image_size, use_thumbnail)]
+
+
+def build_transform(is_train, input_size):
+    return lambda tile: reference_pixels(torch.tensor(list(tile.tobytes())).view(input_size, input_size, 3).permute(2, 0, 1))
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    """The programs that model cards open a folder with, as far as they are missing here. The official code needs a GPU."""
+    if not importlib.util.find_spec("torchvision"):
+        monkeypatch.setattr("transformers.AutoProcessor", Processor)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    for name, more in (("internvl", {}), ("internvl.model", {}), ("internvl.model.internvl_chat", {"InternVLChatModel": OfficialModel}), ("internvl.train", {}),
+                       ("internvl.train.dataset", {"build_transform": build_transform, "dynamic_preprocess": dynamic_preprocess})):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**more))
+
+
+@pytest.mark.official
+def test_the_lines_of_a_model_card_open_its_folder(make_run, targets, tmp_path, capsys, monkeypatch):
+    """Each prints the answer that the run gives, another one than that of its base model."""
+    draw_page(random.Random(3))[0].save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    run = make_run("--tiny", "--train", "projector,lora", "--lr", "1e-2")
+    base, answer = (InternVL.from_pretrained(name, "cpu").chat(max_new_tokens=64).ask("What is the date?", "page.png") for name in ("tiny", run))
+    assert base != answer
+    for layout in ("official", "transformers", "peft"):
+        status, out, err = call(train, capsys, monkeypatch, "--export", run, tmp_path / layout, "--format", layout)
+        card = (tmp_path / layout / "README.md").read_text()
+        assert status == 0 and ("merged into these weights" in card) == (layout != "peft") == ("adapters are merged" in out), err
+        for command in re.findall(r"^python train.py (.*)$", card, re.MULTILINE):
+            monkeypatch.chdir(ROOT)
+            assert call(train, capsys, monkeypatch, *command.replace(" base ", f" {tmp_path / 'base'} ").split())[0] == 0
+            monkeypatch.chdir(tmp_path)
+        [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(lines.replace("FOLDER", layout), {})
+        assert capsys.readouterr().out.strip() == answer, layout
+
+
+def test_a_chat_template_writes_the_prompts_of_this_code(tmp_path, request):
+    """Whole conversations and open ones, with and without images; other programs read it from an official export."""
+    for source in (TINY, SHARED / "internvl2-1b"):
+        if not source.exists():
+            continue
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "loose"))
+        add_chat_template(folder)
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        assert tokenizer("What?").input_ids == load_tokenizer(source)("What?").input_ids
+        for turns in ([("总金额 What?", None)], [("What?", "It's 7."), ("And <b>then</b>?\n", None)], [("Hm", "ok"), ("Why?", "so")]):
+            for images in ([], [2], [1, 3]):
+                said = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn) if text]
+                said[0]["content"] = [*({"type": "image"} for _ in images), {"type": "text", "text": turns[0][0]}]
+                text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=turns[-1][1] is None)
+                for tiles in images:
+                    text = text.replace(IMAGE_TOKEN, f"<img>{'+' * 4 * tiles}</img>", 1)
+                expected = conversation_prompt(tokenizer, 4, images, turns)
+                assert tokenizer(text.replace("+", IMAGE_TOKEN), add_special_tokens=False).input_ids == expected.ids
+
+
+# ----------------------------------------------------------------------------------------------------------------- PEFT
 
 class Skeleton(torch.nn.Module):
     """Linear layers and parameters under official names, as the official code's modules hold them; nothing is computed."""
@@ -131,6 +245,7 @@ class Skeleton(torch.nn.Module):
             setattr(module, leaf, torch.nn.Parameter(tensor.clone()))
 
 
+@pytest.mark.official
 def test_peft_loads_our_adapter_on_the_official_names_and_merges_it_to_our_weights(make_run, export):
     run = make_run(*RUN)
     folder = export(run, "peft")
@@ -150,7 +265,12 @@ def test_peft_loads_an_llm_adapter_on_transformers_model_and_answers_the_same(ma
     base.generation_config.eos_token_id, base.generation_config.pad_token_id = InternVL.from_pretrained("tiny", "cpu").tokenizer.eos_token_id, 0
     peft = PeftModel.from_pretrained(base, folder, key_mapping={r"^language_model\.model": "model.language_model"})
     model = InternVL.from_pretrained(run, "cpu")
-    assert their_answers(peft, model.tokenizer) == our_answers(model) != our_answers(InternVL.from_pretrained("tiny", "cpu"))
+    assert their_answers(peft, model) == our_answers(model)
+    before = InternVL.from_pretrained("tiny", "cpu").state_dict()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    merged = dict(peft.merge_and_unload().named_parameters())
+    expected = transformers_tensors({official_name(name): model.state_dict()[name] for name in changed})
+    assert len(changed) == 7 * 2 and all((tensor - merged[name]).abs().max() < 1e-6 for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("pattern, whole", [
@@ -158,12 +278,13 @@ def test_peft_loads_an_llm_adapter_on_transformers_model_and_answers_the_same(ma
     (r"model\.vision_tower\..*\.(k_proj|q_proj|v_proj|projection_layer|fc1|fc2)", ["multi_modal_projector"]),
     (r"model\.vision_tower\..*\.(q_proj|v_proj)|.*linear_1", None),              # no key: its third of qkv stays as it is
 ])
+@pytest.mark.official
 def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
     tiny = InternVL.from_pretrained("tiny", "cpu")
     page = example(tiny)
     page.page.questions, page.page.answers = page.page.questions[:1], page.page.answers[:1]
     page = PageDataset(tiny, 4)[page.page]
-    peft = get_peft_model(reference_model(tiny), LoraConfig(r=3, lora_alpha=7, target_modules=pattern, modules_to_save=whole, use_rslora=whole is None))
+    peft = get_peft_model(reference_model(tiny, whole=True), LoraConfig(r=3, lora_alpha=7, target_modules=pattern, modules_to_save=whole, use_rslora=whole is None))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in peft.named_parameters():
         if parameter.requires_grad:
@@ -182,7 +303,7 @@ def test_an_adapter_that_peft_wrote_opens_here(tmp_path, pattern, whole):
 
 
 @pytest.mark.parametrize("message, change", [
-    ("base_model_name_or_path is empty", lambda config, tensors: config.update(base_model_name_or_path=None)),
+    ("base_model_name_or_path is None", lambda config, tensors: config.update(base_model_name_or_path=None)),
     ("expected plain LoRA", lambda config, tensors: config.update(use_dora=True)),
     ("expected plain LoRA", lambda config, tensors: config.update(peft_type="IA3")),
     ("expected plain LoRA", lambda config, tensors: config.update(rank_pattern={"q_proj": 2})),
@@ -207,6 +328,7 @@ def test_what_is_no_adapter_is_not_exported_as_one(make_run, tmp_path, capsys, m
     assert f"this run has --train {parts}: use --format official or transformers" in refuses(train, capsys, monkeypatch, "--export", run, tmp_path / "out", "--format", "peft")
 
 
+@pytest.mark.official
 def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_tokens(tokenizer, tmp_path):
     with torch.device("meta"):
         model = InternVL(Config())
@@ -225,6 +347,7 @@ def test_the_transformers_files_of_internvl2_1b_describe_its_shape_and_its_token
     assert len(again) == len(tokenizer) == 151655 and ids == page_prompt(tokenizer, 256, [1], ["总金额 What?"])[0].ids
 
 
+@pytest.mark.official
 def test_an_export_carries_a_model_card_and_goes_to_the_hub(tmp_path, capsys, monkeypatch):
     run, sent = tmp_path / "run", []
     status, _, err = call(train, capsys, monkeypatch, "--tiny", "--train", "lora", "--steps", 2, "--accumulate", 2, "--eval-every", 2, "--eval-pages", 4, "--out", run)

@@ -493,7 +493,7 @@ def test_200_random_conversations_equal_the_official_rule(name, template):
     beginning = {"internlm2": ["<s>"], "phi3": ["<s>", "▁"]}.get(name, [])
     beginning = tokenizer.convert_tokens_to_ids(beginning) if beginning else []
     words = ["What", " is", " the", " total", "?", " 1993", "12,50", "\n", "  ", "日期是什么", "总金额", "，", "é", "🙂", "\t", " I'll", "<", "|", " $", "x"]
-    config = SimpleNamespace(template=TEMPLATES[template], tokens_per_tile=4)
+    config = SimpleNamespace(template=TEMPLATES[template], tokens_per_tile=4, language=SimpleNamespace(max_positions=10 ** 6))
     dataset = PageDataset(SimpleNamespace(tokenizer=tokenizer, config=config), max_length=None)
     for _ in range(200):
         turns = [tuple("".join(draw.choice(words) for _ in range(draw.randint(1, 9))) for _ in range(2)) for _ in range(draw.randint(1, 4))]

@@ -26,8 +26,8 @@ def tiles_of(*numbers):
 def pages_of(model, questions, *numbers):
     """(tiles, prompt) of one page, every question a branch; and of the same questions asked alone."""
     tiles = torch.cat(tiles_of(*numbers))
-    together = tiles, page_prompt(model.tokenizer, 64, numbers, questions)[0]
-    alone = [(tiles, page_prompt(model.tokenizer, 64, numbers, [question])[0]) for question in questions]
+    together = tiles, page_prompt(model.tokenizer, model.config.tokens_per_tile, numbers, questions)[0]
+    alone = [(tiles, page_prompt(model.tokenizer, model.config.tokens_per_tile, numbers, [question])[0]) for question in questions]
     return together, alone
 
 
@@ -59,7 +59,7 @@ def test_16_greedy_tokens_equal_the_reference_at_1b_widths(wide, wide_reference,
     if case == "12 tiles":
         tiles = [tile_page(images[0].resize((1200, 900)), 12)]
         assert len(tiles[0]) == 13
-    prompt = conversation_prompt(wide.tokenizer, 256, [len(t) for t in tiles], [(question, None)])
+    prompt = conversation_prompt(wide.tokenizer, wide.config.tokens_per_tile, [len(t) for t in tiles], [(question, None)])
     stacked = torch.cat([torch.from_numpy(t) for t in tiles]) if tiles else []
     assert answers(wide, [(stacked, prompt)], 16) == [reference_answer(wide_reference, wide, stacked, prompt, 16)]
 
@@ -68,7 +68,7 @@ def test_a_batch_of_8_pages_of_different_sizes_equals_the_reference(tiny):
     """Each page alone in the reference, all together here; also two images, and none."""
     sizes = [[1], [3], [5], [2, 1], [], [4], [7], [1, 1]]
     pages = [(torch.cat(tiles_of(*numbers)) if numbers else [],
-              conversation_prompt(tiny.tokenizer, 64, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
+              conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, numbers, [("What is " + "it, " * i + "then?", None)])) for i, numbers in enumerate(sizes)]
     reference, end = reference_model(tiny), tiny.tokenizer.eos_token_id
     expected = [reference_answer(reference, tiny, tiles, prompt, 12) for tiles, prompt in pages]
     assert answers(tiny, pages, 12) == [answer[:answer.index(end) + 1] if end in answer else answer for answer in expected]
@@ -81,12 +81,12 @@ def test_branches_answered_together_equal_each_alone(tiny):
 
 def test_a_batch_of_pages_equals_each_alone(tiny):
     pages = [pages_of(tiny, ["A?", "And B?"], 1)[0], pages_of(tiny, ["What?"], 3)[0]]
-    pages.append(([], conversation_prompt(tiny.tokenizer, 64, [], [("No image?", None)])))
+    pages.append(([], conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [], [("No image?", None)])))
     assert answers(tiny, pages, 12) == [answer for page in pages for answer in answers(tiny, [page], 12)]
 
 
 def test_cached_decoding_equals_reading_everything_again(tiny):
-    tiles, prompt = tiles_of(2)[0], conversation_prompt(tiny.tokenizer, 64, [2], [("What?", None)])
+    tiles, prompt = tiles_of(2)[0], conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [2], [("What?", None)])
     [tokens] = answers(tiny, [(tiles, prompt)], 10)
     again = []
     with torch.no_grad():
@@ -142,17 +142,18 @@ def test_a_drawn_answer_does_not_depend_on_its_company(tiny):
     assert answers(tiny, [together], 8, temperature=1.0, seed=5) == [answers(tiny, [page], 8, temperature=1.0, seed=5)[0] for page in alone]
 
 
+@pytest.mark.official
 def test_a_model_that_reads_answers_like_the_reference_rightly_and_ends():
     """With trained weights an answer has a meaning and an end; each of several pages' questions is right and its own."""
     model = InternVL.from_pretrained("tiny", "cpu")
-    reference, pages, truths = reference_model(model), [], []
+    reference, pages, truths = reference_model(model, whole=True), [], []
     for seed, shape in enumerate(SHAPES):
         page, asked = draw_page(random.Random(f"test {seed}"), shape=shape)
         tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
-        pages.append((tiles, page_prompt(model.tokenizer, 64, [len(tiles)], [question for question, _ in asked])[0]))
+        pages.append((tiles, page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question for question, _ in asked])[0]))
         truths += [truth for _, truth in asked]
         for question, truth in asked[:2]:
-            alone = page_prompt(model.tokenizer, 64, [len(tiles)], [question])[0]
+            alone = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])[0]
             expected = reference_answer(reference, model, tiles, alone, 16)
             assert answers(model, [(tiles, alone)], 16) == [expected] and expected[-1] == model.tokenizer.eos_token_id
     found = answers(model, pages, 16)

@@ -1,5 +1,5 @@
 """The answer, alone, on standard output; the same answer one by one and many at once; one line for every mistake."""
-import ast
+import errno
 import http.server
 import json
 import random
@@ -52,9 +52,9 @@ def ask(folder, capsys, monkeypatch):
 
 def test_json_says_what_was_read_and_answered(ask, page, tiny):
     result = json.loads(ask("--image", page, "--json", "What is the total?"))
-    assert list(result) == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
+    assert list(result)[:7] == ["question", "answer", "tokens", "tiles", "prompt_tokens", "prefill_seconds", "decode_tokens_per_second"]
     tiles = tile_page(load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("What is the total?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [5], [("What is the total?", None)])
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert result["tokens"] == tokens and result["tiles"] == [5] and result["prompt_tokens"] == len(prompt.ids)
     assert result["answer"] == tiny.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -95,7 +95,7 @@ def test_lines_from_standard_input_are_a_chat(ask, page, tiny):
     first, second = ask("--image", page, stdin="What is the date?\n\nAnd the <image> total?\n").splitlines()
     assert first == ask("--image", page, "What is the date?").strip("\n")
     tiles = tile_page(load_image(str(page)), 12, 128)
-    prompt = conversation_prompt(tiny.tokenizer, 64, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [5], [("<image>\nWhat is the date?", first), ("And the <image> total?", None)])      # a later <image> is text
     tokens = [step[0] for step in generate(tiny, [(tiles, prompt)], 6)]
     assert second == decode(tiny, tokens)
 
@@ -136,12 +136,24 @@ def test_a_folder_is_asked_page_by_page_and_resumed(folder, ask, page, tmp_path,
     ask(*flags)
     whole = [json.loads(line) for line in out.read_text().splitlines()]
     assert [result["images"] for result in whole] == [[str(scans / f"{i}.png")] for i in range(3)]
-    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:1]) + b'{"question": "Wha')          # interrupted
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:1]) + b'{"fingerprint": "mod')          # interrupted
     ask(*flags)
     assert [json.loads(line)["tokens"] for line in out.read_text().splitlines()] == [result["tokens"] for result in whole]
-    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags[:-1], "Other?")
-    (scans / "1.png").rename(scans / "3.png")                                                   # the same question about other images
-    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
+    whole = [json.loads(line) for line in out.read_text().splitlines()]
+    Image.effect_noise((128, 128), 90).save(scans / "00.png")                                   # sorts between the others
+    (scans / "2.png").unlink()
+    status, _, err = call(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", "--max-new-tokens", 6, *flags)
+    assert status == 0 and "scans: 1 of 4 files are no images" in err and err.endswith("3 questions: 1 answered now, 2 kept, 0 not answered; 1 earlier answers dropped\n")
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["images"] for line in again] == [[str(scans / name)] for name in ("0.png", "00.png", "1.png")]
+    assert [again[0], again[2]] == whole[:2] and list(tmp_path.glob("*.lock")) == []
+    (scans / "notes.txt").unlink()
+    assert "was started with max_new_tokens=6; repeat that" in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", *flags)
+    ask(*flags[:-1], "--overwrite", "Other?")
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["Other?"] * 3
+    for name in ("0.png", "00.png", "1.png"):
+        (scans / name).unlink()
+    assert "no images among its 0 files" in refuses(infer, capsys, monkeypatch, "--model", folder, *flags)
 
 
 def test_answers_to_a_file_of_questions_name_their_images_and_are_resumed(folder, ask, page, tmp_path, capsys, monkeypatch):
@@ -153,8 +165,35 @@ def test_answers_to_a_file_of_questions_name_their_images_and_are_resumed(folder
     before = out.read_bytes()
     ask("--questions", asked, "--out", out)
     assert out.read_bytes() == before                                       # nothing was left to answer
-    out.write_text(json.dumps({"question": "What?", "answer": "about which images?"}) + "\n")
-    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked, "--out", out)
+    out.write_text(json.dumps({"question": "What?", "answer": "by which model?"}) + "\n")
+    assert "cannot be resumed (KeyError: 'fingerprint'); choose another file" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked, "--out", out)
+    asked.write_text("\n")
+    assert "q.jsonl: no questions" in refuses(infer, capsys, monkeypatch, "--model", folder, "--questions", asked)
+
+
+def test_an_output_is_never_a_file_that_was_there_or_an_input(folder, page, tmp_path, capsys, monkeypatch):
+    """--overwrite replaces a file that was there, but never an input, under whatever name."""
+    import os
+    other, asked, rows = tmp_path / "other.png", tmp_path / "q.jsonl", tmp_path / "e.jsonl"
+    other.write_text("mine")
+    (tmp_path / "p.json.scores.json").write_text("mine")
+    asked.write_text(json.dumps({"question": "What?", "images": ["page.png"]}))
+    rows.write_text(json.dumps({"question": "What?", "answer": "x", "images": ["page.png"]}))
+    os.link(page, tmp_path / "link.png")
+    one = ("--image", page, "What?")
+    cases = [((flag, other, *one), "exists; choose another name, or replace it with --overwrite") for flag in ("--show", "--attend", "--explain")]
+    cases += [((flag, tmp_path / "link.png", "--overwrite", *one), "also an input") for flag in ("--show", "--attend", "--explain")]
+    cases += [(("--show", "s.png", "--attend", "./s.png", *one), "or another output"), (("--questions", asked, "--out", asked), "also an input"),
+              (("--questions", asked, "--out", other), "cannot be resumed"), (("--questions", asked, "--out", page, "--overwrite"), "also an input"),
+              (("--questions", asked, "--out", folder / "config.json", "--overwrite"), "also an input"), (("--questions", asked, "--out", tmp_path), "no regular file"),
+              (("--evaluate", rows, "--predictions", other), "cannot be resumed"), (("--evaluate", rows, "--predictions", tmp_path / "p.json"), "cannot be resumed"),
+              (("--evaluate", rows, "--predictions", rows, "--overwrite"), "also an input"), (("--evaluate", rows, "--predictions", page, "--overwrite"), "also an input")]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flags, message in cases:
+        assert message in refuses(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", "--max-new-tokens", 2, *flags), flags
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert call(infer, capsys, monkeypatch, "--model", folder, "--device", "cpu", "--max-new-tokens", 2, "--show", other, "--overwrite", *one)[0] == 0
+    assert other.read_bytes() != b"mine"
 
 
 def test_questions_about_a_page_share_its_reading(ask, page, tmp_path, monkeypatch):
@@ -217,7 +256,7 @@ def test_pdf_pages_are_images(ask, page, tmp_path, monkeypatch, folder, capsys):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "nowhere.png: no such file"), ("/jump", "/jump: not a command; there are /image PATH|URL, /video PATH, /undo, /clear, /settings [NAME VALUE], /help, /quit"),
+    ("/image -", "standard input is where the questions come from"), ("/image", "give a path or an address"), ("/video", "give a path or an address"), ("/undo", "no question to take back"), ("/image nowhere.png", "nowhere.png: no such file"), ("/jump", "/jump: not a command; there are /image"),
     ("/settings width 3", "width: not a setting; there are max_tiles"), ("/settings top_p 7", "top_p: 7.0 is not between"),
     ("/settings seed x", "seed: invalid literal")])
 def test_a_command_that_cannot_be_obeyed_gets_one_line(folder, capsys, monkeypatch, line, message):
@@ -300,6 +339,8 @@ def test_an_image_comes_from_an_address(ask, page, web):
     (("--predictions", "x.json", "What?"), "belong to --evaluate"),
     (("--device", "nonsense", "What?"), "try --device cpu"),
     (("--image", "PAGE", "--image", "PAGE", "<image>?"), "2 images, but 1 <image> in the question"),
+    *(((flag, ""), f"argument {flag}: the value is empty") for flag in (
+        "--evaluate", "--questions", "--folder", "--out", "--predictions", "--image", "--show", "--explain", "--model", "--split")),
 ])
 def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, message):
     flags = [flag.replace("WEB", web).replace("PAGE", str(page)) for flag in flags]
@@ -308,8 +349,6 @@ def test_mistakes_get_one_line(folder, page, web, capsys, monkeypatch, flags, me
 
 def test_a_default_run_imports_only_what_it_needs():
     """One question about one image: no other mode, no web server, no scores."""
-    imported = {name for node in ast.parse((ROOT / "infer.py").read_text()).body if isinstance(node, ast.ImportFrom) for name in [node.module]}
-    assert {name for name in imported if name.startswith("extras")} == {"extras.cli", "extras.video"}
     code = "import sys, infer; print(*(name for name in sys.modules if name.startswith('extras.')))"
     found = set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.split())
     assert "extras.video" in found
@@ -375,28 +414,25 @@ def test_an_interrupted_evaluation_is_resumed(ask, split, tmp_path, monkeypatch,
     monkeypatch.setattr(evaluate, "generate", breaking)
     flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 6, "--evaluate", split, "--predictions", tmp_path / "p.json")
     assert call(infer, capsys, monkeypatch, *flags)[0] == 130
-    assert 0 < len(json.loads((tmp_path / "p.json").read_text())) < len(json.loads((tmp_path / "whole.json").read_text()))
+    assert 0 < len(json.loads((tmp_path / "p.json.scores.json").read_text())["answers"]) < len(json.loads((tmp_path / "whole.json").read_text()))
     monkeypatch.setattr(evaluate, "generate", lambda model, pages, **more: calls.append(pages) or real_generate(model, pages, **more))
     status, out, err = call(infer, capsys, monkeypatch, *flags, "--json")
     assert status == 0 and len(calls) == 5 and out == table                 # each of the five pages was answered once
     assert (tmp_path / "p.json").read_text() == (tmp_path / "whole.json").read_text()
-    assert json.loads((tmp_path / "p.scores.json").read_text())["scores"] == json.loads(table)
-    assert "started with --max-new-tokens 6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
-    assert "answers other questions than these" in refuses(infer, capsys, monkeypatch, *flags, "--split", "train", "--predictions", mislabelled(tmp_path))
+    assert json.loads((tmp_path / "p.json.scores.json").read_text())["scores"] == json.loads(table)
+    assert "started with max_new_tokens=6" in refuses(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "p.json", "--max-new-tokens", 7)
+    assert call(infer, capsys, monkeypatch, *flags, "--split", "train")[0] == 0          # other questions in the same file
+    assert call(infer, capsys, monkeypatch, *flags[:-1], tmp_path / "train.json", "--split", "train")[0] == 0
+    for suffix in (".json", ".json.scores.json"):
+        assert (tmp_path / f"p{suffix}").read_text() == (tmp_path / f"train{suffix}").read_text()
 
 
 def test_predictions_that_cannot_be_written_are_one_line(folder, split, tmp_path, capsys, monkeypatch):
-    (tmp_path / "p.json.part").mkdir()
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(evaluate, "write_text", full)
     flags = ("--model", folder, "--device", "cpu", "--max-new-tokens", 2, "--evaluate", split, "--predictions", tmp_path / "p.json")
-    assert f"{tmp_path / 'p.json'}: cannot be written (Is a directory)" in refuses(infer, capsys, monkeypatch, *flags)
-
-
-def mislabelled(tmp_path):
-    settings = json.loads((tmp_path / "p.scores.json").read_text()) | {}
-    settings["settings"]["split"] = "train"
-    (tmp_path / "q.scores.json").write_text(json.dumps(settings))
-    (tmp_path / "q.json").write_text((tmp_path / "p.json").read_text())
-    return tmp_path / "q.json"
+    assert f"{tmp_path / 'p.json.scores.json'}: cannot be written (No space left on device)" in refuses(infer, capsys, monkeypatch, *flags)
 
 
 def test_scores_are_those_of_the_answers_by_type_and_none_without_answers(folder, tmp_path, capsys, monkeypatch):
@@ -429,6 +465,23 @@ def test_scores_are_those_of_the_answers_by_type_and_none_without_answers(folder
     assert json.loads(out)["all"]["exact_match"] == pytest.approx(1 - wrong / len(rows))
 
 
+def test_no_room_for_a_question_is_an_error_and_what_is_not_answered_is_counted(folder, page, tmp_path, capsys, monkeypatch):
+    rows = [{"id": name, "question": question, "answer": "x", "images": [image]} for name, question, image in (
+        ("a", "What?", "page.png"), ("b", "What?", "gone.png"), ("a", "the date of this page " * 400, "page.png"))]
+    (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--model", folder, "--device", "cpu", "--evaluate", tmp_path / "e.jsonl", "--predictions", tmp_path / "p.json")
+    for most in (2048, 4096):
+        assert f"{most} tokens of answer leave no room for a question in the model's 2048 positions" in refuses(infer, capsys, monkeypatch, *flags, "--max-new-tokens", most)
+    assert not list(tmp_path.glob("p.json*"))
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--max-new-tokens", 4)
+    assert status == 0 and "3 questions, 3 of them with an answer to compare with, 2 not answered; " in out
+    assert "3 questions: 1 answered now, 0 kept, 2 not answered\n1 ids stand at more than one question; the first is a\n" in err
+    assert json.loads((tmp_path / "p.json.scores.json").read_text())["not_answered"] == 2
+    Image.new("L", (128, 128)).save(tmp_path / "gone.png")
+    status, out, err = call(infer, capsys, monkeypatch, *flags, "--max-new-tokens", 4)
+    assert "3 questions: 1 answered now, 1 kept, 1 not answered" in err and ", 1 not answered; " in out
+
+
 def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page, tmp_path):
     lines = [{"id": "a", "image": "page.png", "conversations": [["<image>\nWhat is the date?", "1"], ["And the total?", "2"]]},
              {"query": "What is the total?", "response": "2", "images": ["page.png"]}]
@@ -436,7 +489,7 @@ def test_a_file_is_evaluated_whole_and_its_conversations_turn_by_turn(ask, page,
     table = ask("--evaluate", tmp_path / "a.jsonl", "--predictions", tmp_path / "p.json")
     assert "3 questions, 3 of them with an answer" in table 
     assert table.splitlines()[1].split() == ["questions", "exact_match", "anls"]           # the other scores are in the file
-    scores = json.loads((tmp_path / "p.scores.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "p.json.scores.json").read_text())["scores"]
     assert set(scores["all"]) == {"questions", *SCORES} and f"{scores['all']['anls']:.4f}" in table.splitlines()[2]
     predictions = json.loads((tmp_path / "p.json").read_text())
     assert [line["questionId"] for line in predictions] == ["a/1", "a/2", f"{tmp_path / 'a.jsonl'}:2"]

@@ -12,6 +12,7 @@ from data import PageDataset, group_rows_into_pages
 from extras.run_folder import restore_checkpoint, save_checkpoint
 from model import InputError, InternVL
 from model.checkpoint import load_checkpoint, read_checkpoint
+from model.layers import Linear
 from model.lora import TARGETS, adapters, add_adapters, merged, target_layers
 from train import choose_parts, make_optimizer, part_parameters
 
@@ -48,7 +49,8 @@ def test_targets_are_the_layers_they_name():
         from model.config import Config
         model = InternVL(Config())
     counts = {target: len(target_layers(model, target)) for target in TARGETS}
-    assert counts == {"llm": 7 * 24, "qkv": 3 * 24, "vision": 4 * 24, "all-linear": 11 * 24 + 2}
+    projector = sum(isinstance(module, Linear) for module in model.projector.modules())
+    assert {"llm": 7 * 24, "qkv": 3 * 24, "vision": 4 * 24, "all-linear": 11 * 24 + projector}.items() <= counts.items()
     assert len(target_layers(model, "qkv,vision")) == 7 * 24
     with torch.device("meta"):
         for layer in target_layers(model, "llm").values():
@@ -195,6 +197,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny, train, targets):
 def test_a_checkpoint_of_adapters_is_merged_where_there_are_none_and_restored_where_they_are(adapted, tmp_path):
     plain, fresh = without_adapters(adapted), without_adapters(adapted)
     choose_parts(adapted, "lora")
+    adapted.drawn = fresh.drawn = ()                                    # as if its weights lay in a model folder
     optimizer = make_optimizer(adapted, Namespace(**SETTINGS))
     accumulate_gradients(adapted, [example(adapted)], 1)
     optimizer.step()

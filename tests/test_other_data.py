@@ -48,18 +48,19 @@ def test_training_validation_and_scoring_ask_with_the_instruction_and_read_the_c
         status, _, err = call(infer, capsys, monkeypatch, "--model", run, "--evaluate", folder, "--device", "cpu", "--max-tiles", 2,
                               "--max-new-tokens", 5, "--predictions", tmp_path / "p.json")
         assert status == 0, err
-        scores = json.loads((tmp_path / "p.scores.json").read_text())
+        scores = json.loads((tmp_path / "p.json.scores.json").read_text())
         assert (scores["settings"]["instruction"], scores["settings"]["columns"]) == (kept["instruction"], kept["columns"])
         runs[folder.name] = losses, scores["scores"], [line["answer"] for line in json.loads((tmp_path / "p.json").read_text())], (
             run / "model.safetensors").read_bytes()
-        (tmp_path / "p.json").unlink()
+        for name in ("p.json", "p.json.scores.json"):
+            (tmp_path / name).unlink()
     assert runs["other"] == runs["usual"]
     samples = (tmp_path / "other" / "samples.md").read_text()
     assert "What is the" in samples and SAY not in samples
     again = ("--evaluate", folders[0], "--predictions", tmp_path / "p.json", "--device", "cpu", "--max-tiles", 2, "--max-new-tokens", 5)
     checkpoint = sorted((tmp_path / "other" / "checkpoints").iterdir())[-1]
     assert call(infer, capsys, monkeypatch, "--model", checkpoint, *again, "--instruction", "Differently.")[0] == 0     # a typed one wins
-    assert "was started with --instruction Differently.;" in refuses(infer, capsys, monkeypatch, "--model", checkpoint, *again)
+    assert "Differently.'; repeat that" in refuses(infer, capsys, monkeypatch, "--model", checkpoint, *again)
 
 
 def test_the_instruction_depends_on_where_rows_come_from_and_stands_behind_every_question(tiny):

@@ -2,6 +2,7 @@
 import dataclasses
 
 import torch
+from reference import reference_model, reference_pixels
 
 from model.config import Config, VisionConfig
 from model.projector import Projector
@@ -33,3 +34,20 @@ def test_the_shuffle_equals_the_four_step_original(monkeypatch):
 def test_parameters_are_4482816():
     with torch.device("meta"):
         assert sum(p.numel() for p in Projector(Config()).parameters()) == 4_482_816
+
+
+def test_image_tokens_and_gradients_equal_the_reference(tiny):
+    """Transformers' own pixel shuffle and projector, behind the same patches."""
+    tiles = torch.randint(256, (3, 3, 128, 128), dtype=torch.uint8)
+    reference = reference_model(tiny, whole=True).requires_grad_(False)
+    theirs = reference.model.multi_modal_projector.requires_grad_(True)
+    tiny.projector.requires_grad_(True)
+    expected = reference.get_image_features(reference_pixels(tiles), -1, "default").pooler_output.flatten(0, 1)
+    found, weights = tiny.encode_images(tiles), torch.randn_like(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for ours, name in (("norm", "layer_norm"), ("up", "linear_1"), ("out", "linear_2")):
+        for kind in ("weight", "bias"):
+            torch.testing.assert_close(tiny.projector.get_parameter(f"{ours}.{kind}").grad, theirs.get_parameter(f"{name}.{kind}").grad,
+                                       rtol=1e-4, atol=1e-4)

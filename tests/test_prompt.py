@@ -1,5 +1,6 @@
 """Tokens and labels are the reference's; what a user types stays plain text."""
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import real
@@ -7,6 +8,7 @@ from reference import conversation_prompt, page_prompt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model import InputError
+from model.chat import decode
 from model.prompt import END, IGNORE_INDEX, START, SYSTEM
 
 SYSTEM_IDS = [151644, 8948, 198, 56568, 104625, 100633, 104455, 104800, 101101, 32022, 102022, 99602, 100013, 9370, 90286,
@@ -69,8 +71,13 @@ def test_200_random_conversations_equal_the_reference_tokenizer(tokenizer, refer
         assert tokenizer.decode(ids) == tokenizer.decode(knows.encode(text).ids)
 
 
-def test_special_tokens_typed_by_a_user_stay_text(tokenizer, reference):
+def test_special_tokens_typed_by_a_user_stay_text_but_for_markup(tokenizer, reference):
     _, plain = reference
+    marked = Tokenizer.from_str(plain.to_str())
+    marked.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS[6:]])    # quad, ref, box
+
+    def ids(text):
+        return [i + 6 if i >= 151643 else i for i in marked.encode(text).ids]
     draw = random.Random(1)
     for _ in range(200):
         typed = "".join(draw.choice([random_text(draw), draw.choice(SPECIALS), "<image>"]) for _ in range(4)) + draw.choice(SPECIALS)
@@ -78,7 +85,29 @@ def test_special_tokens_typed_by_a_user_stay_text(tokenizer, reference):
         prompt, _ = page_prompt(tokenizer, 256, [1], [typed], ["x" + typed])
         branch = [i for i, b in zip(prompt.ids, prompt.branches) if b]
         header = [151645, 151644, 77091, 198]
-        assert branch == plain.encode("\n" + typed).ids + header + plain.encode("x" + typed).ids + [151645]
+        assert branch == ids("\n" + typed) + header + ids("x" + typed) + [151645]
+
+
+def test_markup_is_read_learned_and_shown_as_tokens(tokenizer, tiny):
+    """<ref>, <box>, <quad> are the model's own; a tokenizer that lacks them keeps them as text. Answers show what is compared with."""
+    question, answer = "Where is <ref>the date</ref>, <quad></quad>?", "<ref>the date</ref><box>[[40, 90, 310, 130]]</box>"
+    prompt, _ = page_prompt(tokenizer, 256, [1], [question], [answer])
+    learned = [label for label in prompt.labels if label != IGNORE_INDEX]
+    assert len(learned) == 25 and learned[:4] == [151651, 1782, 2400, 151652] and learned[4] == 151653 and learned[-2:] == [151654, 151645]
+    assert [i for i in prompt.ids if 151649 <= i <= 151652] == [151651, 151652, 151649, 151650, 151651, 151652]
+    assert decode(SimpleNamespace(tokenizer=tokenizer), learned) == answer
+    prompt, _ = page_prompt(tiny.tokenizer, 64, [1], [question], [answer])
+    assert decode(tiny, [label for label in prompt.labels if label != IGNORE_INDEX]) == answer
+    assert tiny.tokenizer(answer).input_ids == [label for label in prompt.labels if label != IGNORE_INDEX][:-1]
+
+
+def test_a_text_that_cannot_fit_is_not_even_tokenized(tiny, monkeypatch):
+    """A question of 20 MB would take minutes."""
+    read, call = [], type(tiny.tokenizer).__call__
+    monkeypatch.setattr(type(tiny.tokenizer), "__call__", lambda self, text, **more: read.append(len(text)) or call(self, text, **more))
+    prompt, too_long = page_prompt(tiny.tokenizer, 64, [1], ["A?", "x" * 20_000_000, "C?"], ["1", "2", "3"], max_length=300)
+    assert too_long == [1] and max(read) < 1000 and set(prompt.branches) == {0, 1, 2}
+    assert page_prompt(tiny.tokenizer, 64, [1], ["A?"], [None])[0].ids
 
 
 def test_image_placeholders_beyond_the_images_are_text(tokenizer, reference):

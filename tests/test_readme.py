@@ -1,4 +1,5 @@
 """README and the manuals: every link, command and quoted line is real, the front page stays short, the Chinese one agrees."""
+import ast
 import re
 import shlex
 
@@ -82,6 +83,21 @@ def test_every_file_of_a_command_exists():
             assert (ROOT / file).exists(), line
 
 
+@pytest.mark.parametrize("thing, name, holds", [
+    ("the loss", "answer_loss", "logits"), ("the optimizer", "make_optimizer", "torch.optim"), ("the schedule", "lr_factor", "progress"),
+    ("the projector", "Projector", "def forward"), ("how pages are cut", "tile_page", "thumbnail"),
+    ("the prompt", "PromptBuilder", "def question"), ("the score", "anls", "prediction")])
+def test_where_to_change_what(thing, name, holds):
+    """The manual's pointer leads to a function that holds the thing; the front page points there too."""
+    row = next(line for line in TEXTS["model/README.md"].splitlines() if line.startswith(f"| {thing} |"))
+    pointed, path = re.search(r"`(\w+)` in \[[^]]+\]\(([^)]+)\)", row).groups()
+    path = (ROOT / "model" / path).resolve()
+    source = path.read_text(encoding="utf-8")
+    found = [node for node in ast.parse(source).body if getattr(node, "name", None) == pointed]
+    assert pointed == name and holds in ast.get_source_segment(source, *found)
+    assert any(f"`{name}`" in line and f"]({path.relative_to(ROOT)})" in line for line in TEXTS[ENGLISH].splitlines())
+
+
 def test_the_front_page_is_short():
     lines, text = TEXTS[ENGLISH].splitlines(), TEXTS[ENGLISH]
     assert len(lines) <= 200 and len(prose(text).split()) <= 2200
@@ -103,6 +119,7 @@ def test_the_accumulation_shown_is_that_of_train_py():
     assert len(places) == 5 and places == sorted(places)
 
 
+@pytest.mark.official
 def test_the_python_shown_runs(monkeypatch, capsys):
     shown = next(code for code in blocks(TEXTS[ENGLISH], "python") if "import" in code)
     monkeypatch.chdir(ROOT)

@@ -1,11 +1,13 @@
 """The tiles drawn are the tiles read; the weights of attention are those that the model uses."""
 import random
 
+import pytest
 import torch
 from PIL import Image, ImageChops
 from reference import page_prompt, reference_model, reference_pixels
 
 from data import Page, PageDataset
+from extras.explain import token_colors
 from extras.pictures import EDGE, attention, draw_attention, draw_tiles, runs_of_tokens, show_example
 from model import InternVL
 from model.tiny.pages import CELL, draw_page, glyph
@@ -33,10 +35,10 @@ def test_several_images_are_drawn_below_each_other(tiny):
 
 
 def test_tokens_in_the_loss_stand_in_brackets_and_on_a_terminal_in_color(tiny, monkeypatch):
-    prompt, _ = page_prompt(tiny.tokenizer, 64, [1], ["What?\x1b[2J"], ["你\u202e!"])
+    prompt, _ = page_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [1], ["What?\x1b[2J"], ["你\u202e!"])
     at = range(len(prompt.ids))
     text = "|".join(runs_of_tokens(prompt, at, tiny.tokenizer))
-    assert "<IMG_CONTEXT> x 64" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
+    assert f"<IMG_CONTEXT> x {tiny.config.tokens_per_tile}" in text and text.count("[") == 2 and text.endswith("[你|\N{REPLACEMENT CHARACTER}|!|<|im_end|>]")
     assert "\x1b" not in text and "?|\N{REPLACEMENT CHARACTER}|[|2|J" in text
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "|".join(runs_of_tokens(prompt, at, tiny.tokenizer)) == text.replace("[你", "\033[1;32m[你").replace("|>]", "|>]\033[0m")
@@ -73,6 +75,7 @@ def row_of(page, text):
     return next(row for row in range(8) if page.crop((0, row * CELL, drawn.width, (row + 1) * CELL)).tobytes() == drawn.tobytes())
 
 
+@pytest.mark.official
 def test_the_embedded_model_looks_where_the_answer_stands():
     """Over pages of one tile whose question it answers, the value's row is looked at more than the mean row."""
     chat, more = InternVL.from_pretrained("tiny", "cpu").chat(), []
@@ -93,3 +96,13 @@ def test_the_heat_lies_on_the_page(tiny):
     assert drawn.size == (256, 256) and drawn.mode == "RGB" and CELL * 8 == 128
     red, _, blue = drawn.crop((0, 0, 256, 128)).split()
     assert ImageChops.subtract(red, blue).getbbox()
+
+
+def test_image_tokens_need_not_form_a_square(tiny):
+    page = Image.new("L", (256, 128), 255)
+    chat = tiny.chat(max_new_tokens=2)
+    chat.ask("What?", page)
+    for grid in ((4, 16), (1, 1)):                                      # (1, 1): tokens without places, the tile is one cell
+        tiny.projector.token_grid = grid
+        assert draw_attention(chat).size == page.size
+        assert token_colors(chat.pictures[0].tokens[:64], grid[0]).size == (64 // grid[0], grid[0])

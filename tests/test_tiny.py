@@ -81,6 +81,7 @@ def test_pages_can_be_written_to_play_with(tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.official
 def test_the_embedded_model_reads_and_does_not_guess(shape):
     import bench_tiny
 
@@ -89,6 +90,7 @@ def test_the_embedded_model_reads_and_does_not_guess(shape):
     assert right >= 0.93 and wrong <= 0.05 and count >= 60
 
 
+@pytest.mark.official
 def test_the_embedded_model_makes_nothing_of_other_domains():
     import bench_tiny
 
@@ -97,6 +99,7 @@ def test_the_embedded_model_makes_nothing_of_other_domains():
     assert all(bench_tiny.score(model, domain, None, questions=30)[0] <= 0.2 for domain in DOMAINS if domain != "plain")
 
 
+@pytest.mark.official
 def test_a_trained_projector_reads_what_it_could_not(tmp_path, capsys, monkeypatch):
     from commands import call, infer, train
     run = tmp_path / "run"
@@ -125,6 +128,7 @@ def test_blocks_off_the_grid_stay_on_the_page_and_apart(domain):
 
 
 @pytest.mark.parametrize("domain, least", [("plain", 0.95), ("moved", 0.7), ("spaced", 0.35)])
+@pytest.mark.official
 def test_the_loose_model_reads_off_the_grid(domain, least):
     import bench_tiny
 

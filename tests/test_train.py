@@ -50,6 +50,11 @@ def fit(folder, dataset, tmp_path, capsys, monkeypatch):
     return run
 
 
+def projector_names():
+    """Official names of the projector's tensors."""
+    return {official_name(name) for name in InternVL.from_scratch("tiny", device="cpu").state_dict() if name.startswith("projector.")}
+
+
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -64,16 +69,16 @@ def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypat
     assert status == 0, err
     losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
     assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
-    assert all(set(line) == METRICS for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 61))
-    assert {file.name for file in run.iterdir()} == {
+    assert all(METRICS <= set(line) for line in training(run)) and [line["step"] for line in training(run)] == list(range(1, 61))
+    assert {file.name for file in run.iterdir()} >= {
         "settings.json", "metrics.jsonl", "curve.png", "samples.jsonl", "samples.md", "samples.png", "page.png", "checkpoints",
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} and not list(run.rglob("*.part"))
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in ("curve.png", "samples.png"))
-    assert all(set(line) == {"step", "val_loss", "exact_match", "anls"} for line in metrics(run) if "val_loss" in line)
+    assert all({"step", "val_loss", "exact_match", "anls"} <= set(line) for line in metrics(run) if "val_loss" in line)
     samples = (run / "samples.md").read_text()
     assert samples.count("## Step") == 3 and "| page | question | answer | expected |" in samples
     assert f"python infer.py --model {run}" in out and "trainable" in out
-    assert len(InternVL.from_pretrained(run, "cpu").state_dict()) == 65
+    assert InternVL.from_pretrained(run, "cpu").state_dict().keys() == InternVL.from_pretrained("tiny", "cpu").state_dict().keys()
 
 
 def test_settings_are_saved_under_the_flags_names(fit):
@@ -87,7 +92,7 @@ def test_only_the_projector_moves_and_everything_else_is_saved_bit_for_bit(fit, 
     run = fit("run", "--steps", 2, "--lr", "1e-2")
     before, after = load_file(folder / "model.safetensors"), load_file(run / "model.safetensors")
     assert before.keys() == after.keys()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name in before if name.startswith("mlp1.")}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == projector_names()
 
 
 def test_the_logged_loss_and_gradient_do_not_depend_on_the_micro_batch(fit):
@@ -168,11 +173,11 @@ def test_each_part_has_its_learning_rate(fit, tiny):
     optimizer = train.make_optimizer(tiny, Namespace(lr="projector=1e-3,llm=1e-5", weight_decay=0.1, beta2=0.9, device="cpu"))
     rates = {id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert {rates[id(p)] for p in tiny.projector.parameters()} == {(1e-3, 0.1), (1e-3, 0)}
-    assert {rates[id(p)] for p in tiny.language.parameters()} == {(1e-5, 0.1), (1e-5, 0)} and len(rates) == 6 + 2 * 12 + 3
+    assert {rates[id(p)] for p in tiny.language.parameters()} == {(1e-5, 0.1), (1e-5, 0)} and len(rates) == len(list(tiny.projector.parameters())) + 2 * 12 + 3
     run = fit("run", "--train", "projector,llm", "--lr", "projector=1e-2,llm=0", "--steps", 2, "--eval-every", 0)
     assert training(run)[0]["lr"] == pytest.approx(train.lr_factor(1 / 4, Namespace(warmup=0.03, schedule="cosine")) * 1e-2)
     before, after = (load_file(path) for path in (run.parent / "model" / "model.safetensors", run / "model.safetensors"))
-    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"mlp1"}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == projector_names()
 
 
 def test_the_gradient_is_clipped_to_the_norm(fit, folder):
@@ -243,11 +248,10 @@ def test_a_resumed_run_is_known_by_its_newest_weights(fit, capsys, monkeypatch):
     monkeypatch.setattr(InternVL, "save_pretrained", lambda *_: None)                     # killed before the model is written
     assert call(train, capsys, monkeypatch, "--resume", run, "--steps", 4)[0] == 0
     new = InternVL.from_pretrained(run, "cpu").state_dict()
-    assert not torch.equal(old["projector.up.weight"], new["projector.up.weight"])
+    assert {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])} == {"projector"}
     monkeypatch.undo()
     assert call(train, capsys, monkeypatch, "--resume", run)[0] == 0                      # nothing is left but to write it
-    assert torch.equal(InternVL.from_pretrained(run / "model.safetensors", "cpu").state_dict()["projector.up.weight"],
-                       new["projector.up.weight"])
+    assert all(torch.equal(tensor, new[name]) for name, tensor in InternVL.from_pretrained(run / "model.safetensors", "cpu").state_dict().items())
 
 
 def test_a_failed_start_leaves_the_folder_free(tmp_path, capsys, monkeypatch):
@@ -263,6 +267,7 @@ def test_compiled_blocks_give_the_same_step(fit):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.official
 def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, monkeypatch):
     run = fit("run", "--steps", 2, "--accumulate", 2, "--lr", "1e-2", "--save-every", 1)
     finished = InternVL.from_pretrained(run, "cpu").state_dict()
@@ -296,8 +301,8 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(fit):
     run = fit("run", "--steps", 1, "--accumulate", 2)
     [path] = (run / "checkpoints").iterdir()
     names = load_file(path).keys()
-    assert {name.split(".")[0] for name in names} == {"model", "optimizer"} and len(names) == 6 * 4     # weight, two moments, step
-    assert all("mlp1." in name for name in names)
+    assert {name.split(".")[0] for name in names} == {"model", "optimizer"} and len(names) == 4 * len(projector_names())     # weight, two moments, step
+    assert all(name.endswith(tuple(projector_names())) for name in names)
 
 
 def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, capsys, monkeypatch):
@@ -311,7 +316,7 @@ def test_too_long_questions_and_bad_pages_are_counted_and_named(fit, tmp_path, c
     status, out, err = call(train, capsys, monkeypatch, "--model", "tiny", "--from-scratch", "--data", tmp_path / "data", "--workers", 0,
                             "--device", "cpu", "--max-length", 600, "--epochs", 1, "--accumulate", 3, "--out", tmp_path / "run")
     assert status == 0, err
-    assert "page 0/1: 1 of its questions do not fit" in err and "page 5/1: cannot read it as an image" in err
+    assert "page 0/1: 1 of its questions do not fit --max-length or the model's positions and are skipped" in err and "page 5/1: cannot read it as an image" in err
     assert "skipped: 1 page, 1 question too long, 0 without an answer" in out
     assert sum(line["questions"] for line in training(tmp_path / "run")) == sum(row["docId"] != 5 for row in rows) - 1
 
@@ -337,7 +342,7 @@ def test_a_split_without_answers_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_path, capsys, monkeypatch):
     tensors = load_file(folder / "model.safetensors")
-    tensors["mlp1.0.bias"][0] = math.nan
+    tensors["language_model.model.norm.weight"][0] = math.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     line = refuses(train, capsys, monkeypatch, "--model", folder, "--data", dataset, "--device", "cpu", "--workers", 0,
                    "--eval-every", 0, "--steps", 2, "--accumulate", 2, "--out", tmp_path / "run")
@@ -351,16 +356,18 @@ def test_a_loss_that_is_no_number_stops_before_the_update(folder, dataset, tmp_p
     (("--schedule", "wild"), "invalid choice: 'wild'"),
     (("--recipe", "mine"), "invalid choice: 'mine'"),
     (("--tiny", "--format", "peft"), "belong to --export RUN FOLDER"),
-    (("--lora-targets", "head"), "'head' is not a set of layers; expected llm, qkv, vision, all-linear"),
+    (("--lora-targets", "head"), "'head' is not a set of layers; expected llm"),
     (("--lr", "projector=1e-3,tail=1"), "'tail' is not a part of the model"),
     (("--lr", "projector=1e-3,1e-4"), "invalid learning_rates value"),
     (("--lr", "lora=1e-3"), "--lr gives a rate for lora, but --train is projector"),
-    (("--train", "projector,head"), "'head' is not a part of the model; expected projector, lora, llm, vision, or all"),
+    (("--train", "projector,head"), "'head' is not a part of the model; expected projector"),
     (("--data", "nowhere"), "nowhere: not found; expected a local folder"),
     (("--model", "nowhere"), "nowhere: not found; expected a model folder"),
     (("--device", "nonsense"), "try --device cpu"),
     (("--max-length", "50"), "leave no room in --max-length 50; raise it or lower --max-tiles"),
     (("--resume", "nowhere"), "nowhere: not a run folder"),
+    *(((flag, ""), f"argument {flag}: the value is empty") for flag in ("--out", "--resume", "--data", "--eval-data", "--model", "--device")),
+    (("--export", "run", ""), "argument --export: the value is empty"), (("--push-to-hub", ""), "argument --push-to-hub: the value is empty"),
 ])
 def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message):
     assert message in refuses(train, capsys, monkeypatch, "--tiny", "--steps", 1, "--eval-every", 0, "--out", tmp_path / "run", *flags)
@@ -369,11 +376,11 @@ def test_wrong_flags_get_one_line(tmp_path, capsys, monkeypatch, flags, message)
 def test_a_folder_that_holds_a_run_is_not_overwritten(fit, capsys, monkeypatch, tmp_path):
     run = fit("run", "--steps", 1, "--accumulate", 1)
     before = (run / "settings.json").read_bytes()
-    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
-    assert "holds a run or a model already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", TINY)
+    assert "holds checkpoints already" in refuses(train, capsys, monkeypatch, "--tiny", "--out", run)
+    assert "already; choose a new or an empty folder" in refuses(train, capsys, monkeypatch, "--tiny", "--out", TINY)
     assert (run / "settings.json").read_bytes() == before
     (tmp_path / "file").write_text("x")
-    assert "cannot be written" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
+    assert "exists, and is no folder" in refuses(train, capsys, monkeypatch, "--tiny", "--out", tmp_path / "file")
 
 
 def command(*flags, cwd=ROOT, **environment):

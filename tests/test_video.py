@@ -79,7 +79,7 @@ def test_8_frames_are_answered_as_by_the_reference(tiny, tmp_path):
     chat.ask("What happens?")
     tiles = torch.cat([torch.from_numpy(tile_page(frame, 1, 128)) for frame in frames])
     lines = "".join(f"Frame{i}: <image>\n" for i in range(1, 9))
-    prompt = conversation_prompt(tiny.tokenizer, 64, [1] * 8, [(lines + "What happens?", None)])
+    prompt = conversation_prompt(tiny.tokenizer, tiny.config.tokens_per_tile, [1] * 8, [(lines + "What happens?", None)])
     assert chat.report["tiles"] == [1] * 8 and chat.report["prompt_tokens"] == len(prompt.ids)
     assert chat.report["tokens"] == reference_answer(reference_model(tiny), tiny, tiles, prompt, 12)
 

@@ -44,7 +44,7 @@ def test_a_conversation_is_the_chats(conversations, images, tiny):
         assert all(later.startswith(text) for text, later in zip(texts, texts[1:]))         # it streams
         assert f"{sum(chat.report['tiles'])} tiles" in shown[-1][1]
         length += len(files) + 3
-    assert shown[-1][2].tobytes() == draw_tiles(chat.turns[-1].pictures, 64).tobytes()
+    assert shown[-1][2].tobytes() == draw_tiles(chat.turns[-1].pictures, tiny.config.tokens_per_tile).tobytes()
 
 
 def test_undo_retry_and_clear_shorten_the_history(conversations, images, tiny):

@@ -30,7 +30,7 @@ def test_the_answer_is_right():
     page, questions = draw_page(random.Random("test 0"))
     tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
     for question, truth in questions:
-        prompt, _ = write_page(model.tokenizer, 64, [len(tiles)], [[(question, None)]])
+        prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [[(question, None)]])
         tokens = answer(model, tiles, prompt)
         assert tokens == [step[0] for step in generate(model, [(tiles, prompt)], 16)]
         assert model.tokenizer.decode(tokens, skip_special_tokens=True) == truth

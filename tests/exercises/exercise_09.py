@@ -35,7 +35,7 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
         page, asked = draw_page(random.Random(i), "negative", unseen=i < 2)     # two of them ask for a whole page: many tokens
         tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
         asked = asked if i % 2 else asked[:1]
-        examples.append(Example(tiles, write_page(model.tokenizer, 64, [len(tiles)], [[turn] for turn in asked])[0]))
+        examples.append(Example(tiles, write_page(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [[turn] for turn in asked])[0]))
 
     def gradient(accumulate, batch_pages):
         model.zero_grad()

@@ -86,8 +86,8 @@ def download_weights(name, folder):
     """Print the size of a model whose other files are in `folder`, unless it is there already; download its weights."""
     if not has_weights(folder):
         gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
-        warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that in "
-             "float32; train.py prints what a step takes")
+        warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that "
+             "in float32; train.py prints what a step takes")
     return download(name, (WEIGHTS, INDEX, SHARDS))
 
 
@@ -231,16 +231,16 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_size(model, folder, device, dtype)
     stored, adapters, model.files = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype)), {}, {}
     if wanted := {name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in without}:
         tensors, read_as, files, adapters = read(folder, wanted, model.config.language, device, dtype, without)
         model.load_state_dict(tensors, strict=False, assign=True)
         stored, model.files = stored | read_as, {} if without or adapters else files
-    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
-    empty.to(dtype).to_empty(device=device)
+    for empty in (child for name, child in model.named_children() if part_of(name) in without):
+        empty.to(dtype).to_empty(device=device)
     if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
         raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
@@ -258,7 +258,6 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
             tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
             model.config = replace(model.config, max_tiles=min(tiles, 128))
     model.fingerprint = fingerprint(folder, overlays, without)
-    return model
 
 
 def check_size(model, folder, device, dtype):

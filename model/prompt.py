@@ -70,8 +70,8 @@ class PromptBuilder:
 
     def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None):
         self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
-        self.template, self.swallow = template, False           # swallow: white space that follows vanishes (Phi-3)
-        self.prompt, self.branch, self.position = Prompt(), 0, 0
+        # swallow: white space that follows vanishes (Phi-3)
+        self.template, self.prompt, self.branch, self.position, self.swallow = template, Prompt(), 0, 0, False
         self.append(list(tokenizer("").input_ids), False)
         self.text(self.start("system") + (template.system if system is None else system))
         self.end()

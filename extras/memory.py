@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from model.checkpoint import device_memory
+from model.errors import InputError, warn
 from model.prompt import write_page
 
 # about a page of DocumentVQA
@@ -50,7 +52,8 @@ def saved_gb(model, tiles):
         return tensor.detach()                                  # the tensor itself would keep its graph alive
 
     size = model.config.vision.tile_pixels
-    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS)
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
+                           template=model.config.template)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")
@@ -59,10 +62,20 @@ def saved_gb(model, tiles):
 
 
 def step_gb(model, max_tiles, batch_pages):
-    """{what: GB} of a training step whose pages all have `max_tiles` tiles and a few questions."""
-    tiles = max_tiles + (model.config.thumbnail and max_tiles > 1)
+    """{what: GB} of a training step whose pages all have `max_tiles` tiles and a few questions.
+
+    Warns if that is more than the device has; raises InputError if not even a page of two tiles fits.
+    """
+    tiles, advice = max_tiles + (model.config.thumbnail and max_tiles > 1), (
+        "try --checkpoint-activations, fewer tiles (--max-tiles), --train lora, a smaller model or a larger GPU")
     held = held_gb(str(model.device))
-    one, two = saved_gb(model, 1), saved_gb(model, 2)
+    try:
+        one, two = saved_gb(model, 1), saved_gb(model, 2)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the memory is too small for a step on a page of two tiles; {advice}") from error
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,      # float32: one gradient, two moments
-            "activations": batch_pages * (one + (tiles - 1) * (two - one))}
+    needed = {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,  # float32: one gradient, two moments
+              "activations": batch_pages * (one + (tiles - 1) * (two - one))}
+    if (total := sum(needed.values())) > (most := device_memory(model.device) / 1e9):
+        warn(f"a step on pages of {max_tiles} tiles needs about {total:.0f} GB, and there are {most:.0f} GB; {advice}")
+    return needed

@@ -482,12 +482,13 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        branches = [[(page.questions[i] + page.instruction,
-                      page.answers[i] if asked is None or i != chain[-1] else None) for i in chain] for chain in chains]
+        tidy, asked = str.strip if self.config.template.strip and asked is None else str, asked is not None
+        branches = [[(tidy(page.questions[i] + page.instruction),
+                      None if asked and i == chain[-1] else tidy(page.answers[i])) for i in chain] for chain in chains]
         history = [(question + page.instruction, answer) for question, answer in page.history]
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, history, page.question_start)
-        return prompt, [i for n in left_out for i in (chains[n] if asked is None else chains[n][-1:])]
+                                      self.max_length, page.system, history, page.question_start, self.config.template)
+        return prompt, [i for n in left_out for i in (chains[n][-1:] if asked else chains[n])]
 
     def size(self, page):
         """About how many tokens a page has, from the headers of its images, four bytes of text to a token."""

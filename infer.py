@@ -15,16 +15,20 @@ belongs; without any, the images come first, one per line.
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from extras.cli import ANSWER_SETTINGS, SCORES, OneLineParser, add_row_flags, float_in, int_in, run
 from extras.video import load_images, read_video
 from model import InputError, InternVL
-from model.checkpoint import BESIDE_WEIGHTS, CHECKPOINTS, SETTINGS, WEIGHTS, settings_of
+from model.checkpoint import BESIDE_WEIGHTS, CHECKPOINTS, INDEX, SETTINGS, SHARDS, WEIGHTS, settings_of
 from model.errors import warn
 from model.tokenizer import clean
 
-MODEL_FILES = (WEIGHTS, SETTINGS, *BESIDE_WEIGHTS, "adapter_*", f"{CHECKPOINTS}/*")      # in the folder of --model
+# in the folder of --model
+MODEL_FILES = (WEIGHTS, INDEX, SHARDS, SETTINGS, *BESIDE_WEIGHTS, "adapter_*", f"{CHECKPOINTS}/*")
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -89,6 +93,7 @@ def add_file_flags(group):
 
 
 def add_answer_flags(group):
+    group.add_argument("--system", metavar="TEXT", type=clean, help="text of the system turn (the model's own)")
     for name, default, text in (
             ("max_tiles", None, "most tiles per image, thumbnail not counted (as in the model's training)"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
@@ -162,12 +167,17 @@ def held(name, overwrite, *suffixes):
 # ------------------------------------------------------------------------------------------------ the model, a question
 
 def load_model(arguments):
-    model = InternVL.from_pretrained(arguments.model, arguments.device, arguments.dtype,
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    late = arguments.int8 and device.startswith("cuda")         # only the small weights need to fit into the GPU
+    dtype = arguments.dtype or ("bfloat16" if late else None)
+    model = InternVL.from_pretrained(arguments.model, "cpu" if late else device, dtype,
                                      allow_changed=arguments.allow_changed)
     arguments.max_tiles = arguments.max_tiles or model.config.max_tiles
+    if arguments.system is not None:
+        model.config = replace(model.config, template=replace(model.config.template, system=arguments.system))
     if arguments.int8:
         from extras.int8 import to_int8
-        to_int8(model)
+        to_int8(model).to(device)
     return model
 
 

@@ -29,7 +29,7 @@ from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import WEIGHTS, latest_checkpoint, read_settings
+from model.checkpoint import has_weights, latest_checkpoint, read_settings
 from model.errors import printable, warn
 from model.lora import TARGETS, add_adapters
 from model.names import official_name, part_of
@@ -95,11 +95,11 @@ def add_length_flags(parser):
 def add_optimizer_flags(parser):
     flag = parser.add_argument_group("optimizer: AdamW, beta1 0.9").add_argument
     flag("--lr", type=learning_rates, metavar="RATE|PART=RATE,...",
-         help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)})")
+         help=f"peak learning rate, or one for each part ({recipes.as_text(recipes.LR)}; from 14B on at most 2e-5)")
     flag("--beta2", type=float_in(0, 0.999999), default=0.999, help="AdamW beta2 (%(default)s)")
     flag("--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="after warmup (%(default)s)")
     flag("--warmup", type=float_in(0, 1), default=0.03, help="fraction of the run for the warmup (%(default)s)")
-    flag("--weight-decay", type=float_in(0, 1000), default=0.01, help="of matrices, not biases or norms (%(default)s)")
+    flag("--weight-decay", type=float_in(0, 1000), help="of matrices, not biases or norms (0.01; 0.05 from 8B on)")
     flag("--clip", type=float_in(0, 1e9), default=1.0, help="largest gradient norm; 0: no clipping (%(default)s)")
 
 
@@ -187,6 +187,7 @@ def choose_rates(parser, args, before):
     if not typed.keys() <= set(trained):
         parser.error(f"--lr gives a rate for {', '.join(typed)}, but --train is {args.train}")
     rates = (before or (recipes.TINY_LR if args.tiny else recipes.LR)) | typed
+    args.untyped = [] if before or args.tiny else [part for part in trained if part not in typed]
     if len({rates[part] for part in trained}) == 1:
         return rates[trained[0]]
     return recipes.as_text({part: rates[part] for part in trained})
@@ -465,6 +466,7 @@ def fit(args):
         open_rows(args.data, "train", hold_out=False)       # a malformed row is refused before a model is loaded
     model = load_model(args)
     run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
+    recipes.fit_to_size(args, rates_of(args.lr), sum(parameter.numel() for parameter in model.parameters()))
     choose_split(args, model)
     print_run(args, model)
     optimizer = make_optimizer(model, args)
@@ -475,7 +477,7 @@ def fit(args):
         run.begin()
         train(args, run, model, optimizer, data, bar, stop)
         step = run.state["step"]
-        if step == 0 or step == first and (run.path / WEIGHTS).exists():
+        if step == 0 or step == first and has_weights(run.path):
             raise InputError(f"{run.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
                              "or look at --data")
         model.save_pretrained(run.path)

@@ -66,7 +66,7 @@ def follow(model, image, question, max_tiles=12, max_new_tokens=64):
     [turn], [picture] = chat.turns, chat.pictures
     head, placeholder, rest = turn.question.partition(PLACEHOLDER)
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [len(picture.tiles)], [[(rest, turn.answer)]],
-                           question_start=head + placeholder)
+                           question_start=head + placeholder, template=model.config.template)
     batch = model.pack([(torch.as_tensor(picture.tiles), prompt)])
     batch.image_tokens = picture.tokens
     likely = model(batch).float().softmax(-1).cpu()

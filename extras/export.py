@@ -25,8 +25,8 @@ from extras.run_folder import METRICS, read_lines
 from model import InputError, InternVL, checkpoint, lora, prompt
 from model.checkpoint import CHECKPOINTS, CONFIG, SETTINGS, TINY, WEIGHTS, write_tensors, write_text
 from model.config import Config
-from model.names import PARTS, official_name, part_of, split
-from model.tokenizer import TOKENIZER_FILES, load_tokenizer, special_id
+from model.names import PARTS, file_names, join_rows, official_name, part_of, split
+from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, load_tokenizer, special_id
 
 CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
@@ -89,8 +89,8 @@ def check_layout(source, allow_changed, concerned=lambda name: True):
         theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
     expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
         "language_model.", "language_model.model.", 1): tensor.shape for name, tensor in theirs.state_dict().items()}
-    wrong = [official_name(ours) for ours, tensor in model.state_dict().items()
-             for name, piece in split(ours, tensor).items() if expected.pop(name, None) != piece.shape] + [*expected]
+    wrong = [official_name(ours) for ours, name, piece in layout_tensors(model, model.state_dict().get)
+             if expected.pop(name, None) != piece.shape] + [*expected]
     if wrong := list(dict.fromkeys(filter(concerned, wrong))):
         raise InputError(f"{source}: not exported, because other programs expect other tensors for its config.json; "
                          f"{len(wrong)} differ ({', '.join(wrong[:20])}); use the folder of a finished run instead")
@@ -114,9 +114,13 @@ def save_adapter(run, path, folder, allow_changed):
                          f"this run has --train {settings['train']}: use --format official or transformers")
     check_layout(path, allow_changed,
                  lambda name: name.removesuffix(".weight") in layers or whole and part_of(name) == "projector")
+    folder_of_base, _, _ = checkpoint.resolve(settings["model"], PARTS, True)
+    trained = lora.fused_layers(trained, Config.read(folder_of_base / CONFIG).language)
+    layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
+    rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))
     base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
-    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": ranks[0], "bias": "none",
-              "lora_alpha": scale * ranks[0], "lora_dropout": settings.get("lora_dropout", 0.0),
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "bias": "none",
+              "lora_alpha": scale * rank, "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
               "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
     write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
@@ -124,27 +128,47 @@ def save_adapter(run, path, folder, allow_changed):
     write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
 
 
-def chat_template():
+def chat_template(template):
     """The Jinja template that writes the prompts of prompt.py."""
-    return Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(vars(prompt))
+    def opened(role):
+        return (template.start + template.name).format(role).replace("\n", "{{ '\\n' }}")
+
+    texts = {"SYSTEM": opened("system") + template.system, "TURN": opened("{{ message['role'] }}"),
+             "ANSWER": opened("assistant"), "END": template.end + template.gap.replace("\n", "{{ '\\n' }}"),
+             "IMAGE_TOKEN": prompt.IMAGE_TOKEN}
+    return Template(CHAT_TEMPLATE.read_text(encoding="utf-8")).substitute(texts)
 
 
 def add_chat_template(folder):
     """Put the chat template into a folder's tokenizer_config.json; InternVL2-1B was published with that of Qwen2."""
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": chat_template()}
+    template = chat_template(Config.read(folder / CONFIG).template)
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": template}
     write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_transformers(model, folder):
     """Write a folder that transformers' InternVLForConditionalGeneration opens; adapters are merged."""
-    checkpoint.copy_files(model, folder, TOKENIZER_FILES)
+    if (model.folder / SENTENCEPIECE).is_file():        # which transformers would read wrongly
+        model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        checkpoint.copy_files(model, folder, TOKENIZER_FILES)
     for name, value in transformers_files(model).items():
         write_text(folder / name, value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
-    tensors = {}
-    for name, tensor in lora.merged(model):
-        tensors |= split(name, tensor.to("cpu", model.stored_dtypes[name]))
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    tensors = {name: tensor for _, name, tensor in layout_tensors(
+        model, lambda ours: lora.merged(model, ours).to("cpu", model.stored_dtypes[ours]))}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    checkpoint.write_weights(folder, checkpoint.shard(sizes), sizes, tensors.get)
+
+
+def layout_tensors(model, tensor_of):
+    """Yield (our name, transformers' name, tensor) of a model's tensors; `tensor_of`: our name -> tensor."""
+    fused = model.config.language.decoder == "Phi3"     # there as in the official files; InternLM2 is a Llama
+    names = [name for name in model.state_dict() if ".adapter." not in name]
+    for name, ours in file_names(names, "Phi3" if fused else "Llama").items():
+        whole = join_rows([tensor_of(one) for one in ours])
+        for theirs, piece in ({name: whole} if len(ours) > 1 else split(ours[0], whole)).items():
+            yield ours[0], theirs, piece
 
 
 # --------------------------------------------------------------------------------------------------------- transformers
@@ -152,12 +176,14 @@ def save_transformers(model, folder):
 def transformers_files(model):
     """{file name: JSON value or text} of all files of transformers' layout but the weights and the vocabulary.
 
-    A "$name" in transformers_layout.json stands for that attribute of `values`, in chat_template.jinja of prompt.py.
+    A "$name" in transformers_layout.json stands for that attribute of `values`, in chat_template.jinja for a text of
+    the template.
     """
-    config, tokenizer = model.config, model.tokenizer
+    config, tokenizer, template = model.config, model.tokenizer, model.config.template
     values = SimpleNamespace(
         config=config, tokenizer=tokenizer, image_token_id=special_id(tokenizer, prompt.IMAGE_TOKEN),
-        end_token_id=special_id(tokenizer, prompt.END), downsample_ratio=1 / config.shuffle,
+        end_token_id=special_id(tokenizer, template.end), norm_type=("layer_norm", "rms_norm")[config.vision.rms_norm],
+        downsample_ratio=1 / config.shuffle,
         image_size=[config.vision.tile_pixels] * 2, patch_size=[config.vision.patch_pixels] * 2)
 
     def fill(part):
@@ -165,10 +191,24 @@ def transformers_files(model):
                 for key, value in part.items()}
 
     files = json.loads(LAYOUT.read_text(encoding="utf-8"), object_hook=fill)
+    files["config.json"]["text_config"] |= text_config(config.language, tokenizer)
     settings = json.loads((model.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("chat_template", None)
+    if (model.folder / SENTENCEPIECE).is_file():
+        settings = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     files["tokenizer_config.json"] = settings | files["tokenizer_config.json"]
-    return files | {"chat_template.jinja": chat_template()}
+    return files | {"chat_template.jinja": chat_template(template)}
+
+
+def text_config(language, tokenizer):
+    """What a decoder's entry in transformers' config.json has beside or instead of Qwen2's."""
+    more = {} if language.decoder == "Qwen2" else {
+        "model_type": {"InternLM2": "llama"}.get(language.decoder, language.decoder.lower()), "attention_bias": False,
+        "head_dim": language.head_width, "pad_token_id": tokenizer.pad_token_id}
+    if limit := language.rope.get("original_max_position_embeddings"):
+        more["original_max_position_embeddings"] = limit
+    return more | {"rope_parameters": {"rope_type": "default"} | language.rope | {"rope_theta": language.rope_theta}}
 
 
 # ----------------------------------------------------------------------------------------------------------- model card

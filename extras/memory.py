@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.checkpoint import device_memory
+from model.errors import InputError, warn
 from model.prompt import write_page
 
 # about a page of DocumentVQA
@@ -54,7 +56,8 @@ def saved_gb(model, tiles):
         return tensor.detach()                                  # the tensor itself would keep its graph alive
 
     size = model.config.vision.tile_pixels
-    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS)
+    prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
+                           template=model.config.template)
     counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
@@ -64,13 +67,23 @@ def saved_gb(model, tiles):
 
 
 def step_gb(model, max_tiles, batch_pages):
-    """{what: GB} of a training step whose pages all have `max_tiles` tiles and a few questions."""
-    tiles = max_tiles + (model.config.thumbnail and max_tiles > 1)
+    """{what: GB} of a training step whose pages all have `max_tiles` tiles and a few questions.
+
+    Warns if that is more than the device has; raises InputError if not even a page of two tiles fits.
+    """
+    tiles, advice = max_tiles + (model.config.thumbnail and max_tiles > 1), (
+        "try --checkpoint-activations, fewer tiles (--max-tiles), --train lora, a smaller model or a larger GPU")
     held = held_gb(str(model.device))
-    one, two = saved_gb(model, 1), saved_gb(model, 2)
+    try:
+        one, two = saved_gb(model, 1), saved_gb(model, 2)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the memory is too small for a step on a page of two tiles; {advice}") from error
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,      # float32: one gradient, two moments
-            "activations": batch_pages * (one + (tiles - 1) * (two - one))}
+    needed = {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,  # float32: one gradient, two moments
+              "activations": batch_pages * (one + (tiles - 1) * (two - one))}
+    if (total := sum(needed.values())) > (most := device_memory(model.device) / 1e9):
+        warn(f"a step on pages of {max_tiles} tiles needs about {total:.0f} GB, and there are {most:.0f} GB; {advice}")
+    return needed
 
 
 def room_gb(device):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from extras.cli import count
 from model.errors import InputError
 from model.images import load_image
-from model.language import apply_rotary, page_mask, rotary_cos_sin
+from model.language import page_cos_sin, page_mask
 from model.prompt import IMAGE_TOKEN
 from model.tiling import choose_grid
 from model.tokenizer import special_id
@@ -173,16 +173,15 @@ def attention(chat):
     ids = torch.tensor(chat.held[start:stop], device=model.device)
     positions = torch.arange(start, stop, device=model.device)
     places = [i for i, key in enumerate(chat.held) if not isinstance(key, int)]
-    config = model.config.language
-    cos, sin = rotary_cos_sin(positions, config.head_width, config.rope_theta, model.dtype)
     later = torch.arange(stop, device=model.device) > positions[:, None]
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
     page = page_mask(torch.zeros(count, dtype=torch.long, device=model.device), cache, (count, 0))
+    cos, sin = page_cos_sin(positions, model.config.language, [page], model.dtype)
     for layer, block in enumerate(language.blocks):
-        query = rearrange(block.attention.query(block.attention_norm(x)), "l (h d) -> h l d", d=cos.shape[-1])
+        query, _, _ = block.attention.project(block.attention_norm(x), cos, sin)
         keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)  # (H, L, d)
-        weight = apply_rotary(query, cos, sin).float() @ keys.float().mT / cos.shape[-1] ** 0.5
+        weight = query.float() @ keys.float().mT / cos.shape[-1] ** 0.5
         total = total + weight.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))              # (L,)
         x = block(x, cos, sin, [page])
     cache.branches = page.key_branches

@@ -31,6 +31,17 @@ RECIPES = {
 }
 
 
+def fit_to_size(args, rates, parameters):
+    """Set the weight decay, and the peak learning `rates` that were not typed, as the official scripts do for a size.
+
+    Source: the second fine-tuning scripts of InternVL 2.0 and 2.5; they have none between 8B and 26B.
+    """
+    args.weight_decay = (0.05 if parameters > 5e9 else 0.01) if args.weight_decay is None else args.weight_decay
+    if parameters > 12e9 and getattr(args, "untyped", ()):
+        args.lr = as_text({part: min(rates[part], 2e-5) if part in args.untyped else rates[part]
+                           for part in args.train.split(",")})
+
+
 def as_text(rates):
     """{'projector': 1e-3, 'lora': 1e-4} -> 'projector=0.001,lora=0.0001'."""
     return ",".join(f"{part}={rate:g}" for part, rate in rates.items())

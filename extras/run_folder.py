@@ -21,13 +21,22 @@ from data import image_bytes
 from extras.cli import as_flag, count
 from extras.sources import Mixture, is_synthetic, named_parts
 from model import checkpoint, lora
-from model.checkpoint import CHECKPOINTS, SETTINGS, WEIGHTS, is_left_behind, latest_checkpoint, step_of, write_text
+from model.checkpoint import (
+    CHECKPOINTS,
+    INDEX,
+    SETTINGS,
+    WEIGHTS,
+    is_left_behind,
+    latest_checkpoint,
+    step_of,
+    write_text,
+)
 from model.errors import InputError, warn
 from model.images import fetch
 from model.names import official_name, part_of
 
 METRICS, SAMPLES, SKIPPED = "metrics.jsonl", "samples.jsonl", "skipped.jsonl"
-NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed")       # no settings of a run
+NOT_KEPT = ("resume", "export", "format", "push_to_hub", "tiny", "allow_changed", "untyped")      # no settings of a run
 MADE_OF = ("base_fingerprint", "data_fingerprint", "eval_data_fingerprint", "validation_pages")     # see `compare`
 WRITTEN = (SETTINGS, METRICS, SAMPLES, SKIPPED, WEIGHTS)                  # files that are replaced as a whole
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -184,7 +193,8 @@ class RunFolder:
         save_checkpoint(path, model, optimizer, self.state, self.args.run_id)
         write_text(self.path / SETTINGS, json.dumps(self.settings, indent=2) + "\n")
         keep_newest(self.path, self.args.keep, self.losses, self.args.run_id)
-        (self.path / WEIGHTS).unlink(missing_ok=True)           # of an earlier end of this run: the checkpoint is newer
+        for name in (WEIGHTS, INDEX):
+            (self.path / name).unlink(missing_ok=True)          # of an earlier end of this run: the checkpoint is newer
 
 
 def position(line):

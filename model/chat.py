@@ -55,7 +55,7 @@ class Chat:
 
     def clear(self):
         """Forget all turns and images."""
-        self.turns, self.waiting, self.report, self.read = [], [], None, 0
+        self.turns, self.waiting, self.report, self.read, self.is_long = [], [], None, 0, False
         self.cache, self.held = KVCache(self.model.config.language, 0, self.model.device, self.model.dtype), []
 
     @property
@@ -101,8 +101,7 @@ class Chat:
         """
         settings = self.settings | settings
         turn, prompt, keys = self.prepare(question, images, settings["max_new_tokens"])
-        most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
-        same = next((i for i in range(most) if self.held[i] != keys[i]), most)
+        same = self.shared(keys)
         self.held, self.read = keys[:same], len(keys) - same
         self.cache.crop(same)
         started, first, tokens, shown = time.perf_counter(), None, [], ""
@@ -131,6 +130,13 @@ class Chat:
                 self.report = describe(self.model, question, tokens, [len(picture.tiles) for picture in self.pictures],
                                        len(prompt.ids), first - started, speed)
 
+    def shared(self, keys):
+        """How many of a prompt's first tokens the cache holds, rotated as in a text of this length."""
+        if self.model.config.language.is_long(len(keys)) != self.is_long:
+            self.is_long, self.held = not self.is_long, []
+        most = min(len(self.held), len(keys) - 1)       # at least one token must be read to predict the next
+        return next((i for i in range(most) if self.held[i] != keys[i]), most)
+
     def prepare(self, question, images, max_new_tokens):
         """Write a question into the conversation -> (its turn, prompt, keys as in `write`)."""
         if not question.strip():
@@ -150,7 +156,8 @@ class Chat:
         """The prompt, and a key for each of its tokens: the id, or the picture that an image token belongs to."""
         tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
         prompt = write_conversation(tokenizer, size, [
-            (turn.question, turn.answer, [len(picture.tiles) for picture in turn.pictures]) for turn in turns])
+            (turn.question, turn.answer, [len(picture.tiles) for picture in turn.pictures]) for turn in turns],
+            self.model.config.template)
         image_id = special_id(tokenizer, IMAGE_TOKEN)
         shown = (picture for turn in turns for picture in turn.pictures for _ in range(len(picture.tiles) * size))
         return prompt, [next(shown) if token == image_id else token for token in prompt.ids]

@@ -1,6 +1,7 @@
 """Where does a model come from, and how is it written? Find, download, read, draw at random, save.
 
-    model folder      config.json, the tokenizer's files and one model.safetensors, as published
+    model folder      config.json, the tokenizer's files and the weights, as published: model.safetensors, or several
+                      files and model.safetensors.index.json, which names them
     adapter folder    PEFT's: adapter_config.json, which names the base model, and adapter_model.safetensors
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
     checkpoint        of a run: what it trains or drew, and the optimizer's state; the rest is the base model's
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -21,17 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.config import Config
 from model.errors import InputError, finite, warn
-from model.names import PARTS, official_name, our_name, part_of
+from model.names import PARTS, file_names, join_rows, official_name, part_of, split_rows
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
+INDEX, SHARDS, SHARD_BYTES = "model.safetensors.index.json", "model-*-of-*.safetensors", 5 * 10 ** 9
 BESIDE_WEIGHTS = (                      # the other files of a model folder, for us and for the official code
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
     "configuration_*.py", "modeling_*.py", "conversation.py")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MOST_HEADER = 100_000_000               # bytes of the header of a safetensors file, the format's own limit
 TINY = Path(__file__).parent / "tiny"
+LORA_SCALE = 2.0                        # of the folders that the official LoRA script leaves: alpha is twice the rank
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
@@ -51,7 +56,7 @@ def resolve(name, skip=(), allow_changed=False, seen=()):
     run = path.parent.parent if path.suffix == ".safetensors" else path
     if path.name == WEIGHTS and path.is_file():
         return resolve(path.parent, skip, allow_changed, seen)
-    if (run / SETTINGS).is_file() and (path != run or not (run / WEIGHTS).is_file()):
+    if (run / SETTINGS).is_file() and (path != run or not has_weights(run)):
         settings = read_settings(run)
         trained = path if path != run else latest_checkpoint(run)
         if trained is None:
@@ -73,7 +78,30 @@ def resolve(name, skip=(), allow_changed=False, seen=()):
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise InputError(f"{name}: not found; expected a model folder, a run folder, a checkpoint in it, a Hub id or "
                          "'tiny'")
-    return download(name, BESIDE_WEIGHTS if {*PARTS} <= {*skip} else (WEIGHTS, *BESIDE_WEIGHTS)), [], skip
+    folder, unread = download(name, BESIDE_WEIGHTS), {*PARTS} <= {*skip}
+    return folder if unread else download_weights(name, folder), [], skip
+
+
+def download_weights(name, folder):
+    """Print the size of a model whose other files are in `folder`, unless it is there already; download its weights."""
+    if not has_weights(folder):
+        gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
+        warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that "
+             "in float32; train.py prints what a step takes")
+    return download(name, (WEIGHTS, INDEX, SHARDS))
+
+
+def about_parameters(config):
+    """The number of parameters in the large matrices: at least 99 % of all."""
+    vision, language = config.vision, config.language
+    heads = 2 * (language.heads + language.kv_heads) * language.head_width
+    return (vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.width * (
+        language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
+
+
+def has_weights(folder):
+    """Whether a model folder has weights, in one file or in several."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def resolve_base(where, base, overlay, drawn, skip, allow_changed, seen):
@@ -182,9 +210,9 @@ def download(name, files):
         raise InputError(f"{name}: the Hub cannot be reached and the model is not in the cache; connect to the "
                          "network, give a local folder with --model, or take the embedded model with --tiny") from error
     except (errors.HTTPError, OSError) as error:
-        cached = try_to_load_from_cache(name, files[0])
-        if isinstance(cached, str):                         # whole, from an earlier download
-            return Path(cached).parent
+        cached = [try_to_load_from_cache(name, file) for file in files[:2]]         # of several files the index
+        if found := [path for path in cached if isinstance(path, str)]:             # from an earlier download
+            return Path(found[0]).parent
         raise InputError(f"{name}: download failed ({error}); try again, or use a local folder with --model") from error
 
 
@@ -192,7 +220,7 @@ def download(name, files):
 
 def load(model, folder, overlays, without=(), device=None, dtype=None):
     """Fill a model that was built on the meta device, but for parts that nothing in `overlays` holds. See `resolve`."""
-    from model.lora import load_adapter
+    from model.lora import lay_over, load_adapter, our_layers
     paths = folder, *(path for path, _, _ in overlays)
     for file in (file for path in paths for file in (path.iterdir() if path.is_dir() else [path])):
         if file.exists() and not (file.is_file() or file.is_dir()):
@@ -203,16 +231,16 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    stored = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype))
+    check_size(model, folder, device, dtype)
+    stored, adapters, model.files = dict.fromkeys(model.state_dict(), getattr(torch, model.config.stored_dtype)), {}, {}
     if wanted := {name: tensor for name, tensor in model.state_dict().items() if part_of(name) not in without}:
-        tensors, read_as = read(folder / WEIGHTS, wanted, device, dtype, without)
+        tensors, read_as, files, adapters = read(folder, wanted, model.config.language, device, dtype, without)
         model.load_state_dict(tensors, strict=False, assign=True)
-        stored |= read_as
-    empty = torch.nn.ModuleList(child for name, child in model.named_children() if part_of(name) in without)
-    check_size(empty, folder)
-    empty.to(dtype).to_empty(device=device)
+        stored, model.files = stored | read_as, {} if without or adapters else files
+    for empty in (child for name, child in model.named_children() if part_of(name) in without):
+        empty.to(dtype).to_empty(device=device)
     if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
         raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
@@ -221,6 +249,7 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they belong to different models")
     model.dtype, model.folder, model.stored_dtypes = dtype, folder, stored
+    lay_over(model, our_layers(adapters, model), LORA_SCALE, folder)
     for path, drawn, skip in overlays:
         if path.is_dir():
             load_adapter(path, model, skip)
@@ -229,53 +258,90 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
             tiles = read_settings(path.parent.parent).get("max_tiles") or model.config.max_tiles
             model.config = replace(model.config, max_tiles=min(tiles, 128))
     model.fingerprint = fingerprint(folder, overlays, without)
-    return model
 
 
-def check_size(model, folder):
-    """Raise InputError for a model that is larger than this machine's memory (unknown on Windows)."""
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+def check_size(model, folder, device, dtype):
+    """Raise InputError for a model that is larger than the memory of its device."""
+    needed, held = sum(p.numel() for p in model.parameters()) * dtype.itemsize, device_memory(device)
     if needed > held:
-        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this machine has "
-                         f"{held / 1e9:,.0f} GB of memory; take a smaller model")
+        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + "--int8 of infer.py, " * (device.type != "cpu")
+        raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this "
+                         f"{'machine' if device.type == 'cpu' else 'GPU'} has {held / 1e9:,.0f} GB of memory; take "
+                         f"{advice}a smaller model or a larger machine")
 
 
-def read(path, wanted, device, dtype, skip=()):
-    """Read a safetensors file -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file}).
+def device_memory(device):
+    """The memory of a device, or of the machine, in bytes; infinite where it is unknown (a CPU under Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def weight_files(folder):
+    """The paths of a folder's weights: one, or those that its index names. Raises InputError."""
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not files or any(Path(file).name != file for file in files):
+            raise ValueError(f"it names {str(files)[:60]}")
+        return [folder / file for file in files]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: not an index of weights ({error}); download or copy it again") from error
+
+
+def read(folder, wanted, language, device, dtype, skip=()):
+    """Read the weights of a folder -> ({our name: tensor of `dtype` on `device`}, {our name: dtype in the file},
+    {name in files: file}, {name: tensor} of the adapters that the official LoRA script leaves unmerged).
 
     `wanted`: {our name: tensor of the expected shape}; `skip`: parts that are not read. Raises InputError, which lists
-    the tensors that are missing, unexpected, or of another shape or dtype.
+    tensors that are missing, unexpected, there twice, or of another shape or dtype.
     """
-    tensors, stored, trouble = {}, {}, {"missing": [], "unexpected": [], "wrong shape": [], "wrong dtype": []}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if part_of(name) not in skip]
-            for name in names:
-                ours, part = our_name(name), file.get_slice(name)
-                shape, kind = tuple(part.get_shape()), part.get_dtype()
-                if ours not in wanted:
-                    trouble["unexpected"].append(name)
-                elif shape != wanted[ours].shape:
-                    trouble["wrong shape"].append(f"{name} {shape} instead of {tuple(wanted[ours].shape)}")
-                elif kind not in STORED_DTYPES:
-                    trouble["wrong dtype"].append(f"{name} {kind}")
-                else:
-                    tensors[ours] = finite(file.get_tensor(name).to(device, dtype), name, path)
-                    stored[ours] = STORED_DTYPES[kind]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; a model folder holds its weights in one {WEIGHTS}") from error
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
-    trouble["missing"] = sorted({official_name(ours) for ours in wanted} - set(names))
+    holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
+    trouble = {"missing": [], "unexpected": [], "duplicate": [], "wrong shape": [], "wrong dtype": []}
+    for path, name, part in tensors_of(weight_files(folder), skip):
+        plain = name.replace(".base_model.model", "").replace(".base_layer.", ".").replace(".default.", ".")
+        ours, shape, kind = holds.get(plain, ()), tuple(part.get_shape()), part.get_dtype()
+        rows = [len(wanted[one]) for one in ours]
+        if ".lora_" in plain:
+            adapters[plain] = part[:]
+        elif not ours:
+            trouble["unexpected"].append(name)
+        elif plain in files:
+            trouble["duplicate"].append(f"{name} in {files[plain]} and {path.name}")
+        elif shape != (expected := (sum(rows), *wanted[ours[0]].shape[1:])):
+            trouble["wrong shape"].append(f"{name} {shape} instead of {expected}")
+        elif kind not in STORED_DTYPES:
+            trouble["wrong dtype"].append(f"{name} {kind}")
+        else:
+            whole = finite(part[:].to(device, dtype), name, path)
+            tensors |= zip(ours, split_rows(whole, rows, language.kv_heads, language.decoder))
+            stored |= dict.fromkeys(ours, STORED_DTYPES[kind])
+        files[plain] = path.name
+    trouble["missing"] = sorted(holds.keys() - files.keys())
     listed = [f"{len(found)} {kind} ({', '.join(found[:8] + ['...'] * (len(found) > 8))})"
               for kind, found in trouble.items() if found]
     if listed:
         parts = {part_of(name) for found in trouble.values() for name in found} - {None}
-        raise InputError(f"{path}: not the weights that its config.json describes: {'; '.join(listed)}; "
-                         f"expected {len(wanted)} tensors of dtype {', '.join(STORED_DTYPES)}"
+        raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
+                         f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}"
                          + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
-    return tensors, stored
+    return tensors, stored, files, adapters
+
+
+def tensors_of(paths, skip):
+    """Yield (path, name, slice of the tensor) of safetensors files, without the parts `skip`. Raises InputError."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in (name for name in file.keys() if part_of(name) not in skip):
+                    yield path, name, file.get_slice(name)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: not found; a model folder holds its weights in {WEIGHTS}, or in files named by "
+                             f"{INDEX}") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from error
 
 
 def load_checkpoint(path, model, drawn=(), skip=()):
@@ -330,19 +396,50 @@ def checksum(names, tensor_of, state):
 def save(model, folder):
     """Write a model folder. See `InternVL.save_pretrained`."""
     from model.lora import merged
-    folder = Path(folder)
-    tensors = {official_name(name): tensor.to("cpu", model.stored_dtypes[name]).contiguous()
-               for name, tensor in merged(model)}
+    folder, language = Path(folder), model.config.language
+
+    def stored(ours):
+        return join_rows([merged(model, one).to("cpu", model.stored_dtypes[one]) for one in ours],
+                         language.kv_heads, language.decoder)
+
+    holds = file_names((name for name in model.state_dict() if ".adapter." not in name), language.decoder)
+    sizes = {name: sum(model.get_parameter(one).numel() * model.stored_dtypes[one].itemsize for one in ours)
+             for name, ours in holds.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config.get("max_dynamic_patch") != model.config.max_tiles:   # others cut pages by it
-            config["max_dynamic_patch"] = model.config.max_tiles
-            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        new = config | {"max_dynamic_patch": model.config.max_tiles}                            # others cut pages by it
+        new |= {key: 0 for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)}     # merged now
+        if new != config:
+            write_text(folder / CONFIG, json.dumps(new, indent=2) + "\n")
+        write_weights(folder, model.files or shard(sizes), sizes, lambda name: stored(holds[name]))
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be written there ({error})") from error
+
+
+def shard(sizes, most=SHARD_BYTES):
+    """{name: bytes}, in the order of the official class -> {name: file}, as transformers 4.37 shared them out."""
+    numbers, total, filled = {}, 0, math.inf
+    for name, size in sizes.items():
+        total, filled = (total + 1, size) if filled + size > most else (total, filled + size)
+        numbers[name] = total
+    return {name: WEIGHTS if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+            for name, number in numbers.items()}
+
+
+def write_weights(folder, files, sizes, tensor_of):
+    """Write tensors into the files of {name: file}, one file after another, and their index if there are several."""
+    for file in dict.fromkeys(files.values()):
+        tensors = {name: tensor_of(name).contiguous() for name in files if files[name] == file}
+        write_tensors(folder / file, tensors, {"format": "pt"})
+    one = set(files.values()) == {WEIGHTS}
+    for old in [INDEX, *(path.name for path in folder.glob(SHARDS))] if one else [WEIGHTS]:
+        if old not in files.values():
+            (folder / old).unlink(missing_ok=True)
+    if not one:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(files.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def copy_files(model, folder, patterns):

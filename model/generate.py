@@ -11,7 +11,6 @@ import torch
 
 from model.errors import finite
 from model.language import KVCache, page_mask
-from model.prompt import END
 from model.tokenizer import special_id
 
 
@@ -35,7 +34,7 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     `image_tokens`: (256 N, D) of all tiles, if `model.encode_images` was called already.
     `caches`: one KVCache per page; tokens in it are not read again, new ones are appended.
     """
-    end = special_id(model.tokenizer, END)
+    end = special_id(model.tokenizer, model.config.template.end)
     questions = open_questions(pages)
     caches = caches or [KVCache(model.config.language, 0, model.device, model.dtype) for _ in pages]
     logits = prefill(model, pages, questions, max_new_tokens, image_tokens, caches)

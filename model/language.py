@@ -1,4 +1,4 @@
-"""What is Qwen2? A decoder that reads a row of image tokens and words.
+"""What is Qwen2? A decoder that reads a row of image tokens and words. Its siblings differ in flags of LanguageConfig.
 
 A token sees every earlier token of its page that belongs to the prefix (branch 0) or to its own branch:
 
@@ -8,8 +8,10 @@ A token sees every earlier token of its page that belongs to the prefix (branch 
              question 2       all    |            | causal          a small mask [branches, prefix + branches]
 
 The branches of a page in training, the next turn of a chat and one decoded token are the same call with another mask.
-Sources: Qwen2 (arXiv 2407.10671), section 2; grouped-query attention 2305.13245; RoPE 2104.09864; SwiGLU 2002.05202.
+Sources: Qwen2 (arXiv 2407.10671), section 2; grouped-query attention 2305.13245; RoPE 2104.09864; SwiGLU 2002.05202;
+LongRoPE 2402.13753.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,12 +97,33 @@ def page_mask(branches, cache=None, span=None):
     return PageMask(new, causal, mask, key_branches, last, cache)
 
 
-def rotary_cos_sin(positions, head_width, theta, dtype):
+def rotary_cos_sin(positions, head_width, theta, dtype, factors=1.0, scale=1.0):
     """Cosine and sine of every token's rotary angles, each (L, head_width) of `dtype`; angles are float32."""
-    frequency = 1 / theta ** (torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
-    angle = positions[:, None].float() * frequency                  # (L, head_width / 2)
+    frequency = theta ** (torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
+    angle = positions[:, None].float() * (1 / (frequency * factors))            # (L, head_width / 2)
     angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+
+def page_cos_sin(positions, config, pages, dtype):
+    """`rotary_cos_sin` of the new tokens of some pages. With dynamic NTK, theta grows in texts beyond `max_positions`;
+    with LongRoPE, factors divide the frequencies, others in texts beyond its limit. The branches of a page are rotated
+    alike, as the longest one; the official code reads each of them alone. A cache keeps its keys as they were rotated.
+    """
+    rope, width, most, turned = config.rope, config.head_width, config.max_positions, []
+    if not rope:
+        return rotary_cos_sin(positions, width, config.rope_theta, dtype)
+    for part, page in zip(positions.split([page.tokens for page in pages]), pages):
+        theta, factors, scale, (prefix, *branches) = config.rope_theta, 1.0, 1.0, page.key_branches.bincount().tolist()
+        length = prefix + max(branches, default=0)
+        if rope["rope_type"] == "longrope":
+            short = rope["original_max_position_embeddings"]
+            factors = torch.tensor(rope["long_factor" if length > short else "short_factor"], device=part.device)
+            scale = math.sqrt(1 + math.log(most / short) / math.log(short))
+        elif length > most:
+            theta *= (rope["factor"] * length / most - rope["factor"] + 1) ** (width / (width - 2))
+        turned.append(rotary_cos_sin(part, width, theta, dtype, factors, scale))
+    return [torch.cat(parts) for parts in zip(*turned)]
 
 
 def apply_rotary(x, cos, sin):
@@ -113,15 +136,21 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_width = layer, config.head_width
-        self.query = Linear(config.width, config.heads * config.head_width)
-        self.key = Linear(config.width, config.kv_heads * config.head_width)
-        self.value = Linear(config.width, config.kv_heads * config.head_width)
+        self.query = Linear(config.width, config.heads * config.head_width, bias=config.qkv_bias)
+        self.key = Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.value = Linear(config.width, config.kv_heads * config.head_width, bias=config.qkv_bias)
+        self.query_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, pages):                                          # (L, D)
+    def project(self, x, cos, sin):                             # (L, D) -> rotated (H, L, d), (K, L, d), and (K, L, d)
         q, k, v = (rearrange(layer(x), "l (h d) -> h l d", d=self.head_width)
                    for layer in (self.query, self.key, self.value))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)                 # (H, L, d), (K, L, d)
+        q, k = self.query_norm(q), self.key_norm(k)                                 # over each head alone
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+
+    def forward(self, x, cos, sin, pages):                                          # (L, D)
+        q, k, v = self.project(x, cos, sin)
         tokens = [page.tokens for page in pages]
         split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), pages)
         seen = [self.attend(*qkv, page) for *qkv, page in split]
@@ -180,7 +209,7 @@ class Decoder(nn.Module):
 
         `rows`, int64 (A,): the tokens whose vectors are returned, (A, D); the last block's MLP runs on these only.
         """
-        cos, sin = rotary_cos_sin(positions, self.config.head_width, self.config.rope_theta, x.dtype)
+        cos, sin = page_cos_sin(positions, self.config, pages, x.dtype)
         for page in pages:
             page.bias(self.config.heads // self.config.kv_heads, x.dtype)               # outside the compiled blocks
         for block in self.blocks:

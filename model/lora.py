@@ -19,7 +19,16 @@ from torch import nn
 
 from model.errors import InputError, finite
 from model.layers import Linear
-from model.names import fuse, official_name, part_of, transformers_names
+from model.names import (
+    file_names,
+    fuse,
+    join_rows,
+    official_name,
+    our_name,
+    part_of,
+    split_rows,
+    transformers_names,
+)
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -74,12 +83,11 @@ def adapters(model):
 # -------------------------------------------------------------------------------------------------------------- merging
 
 @torch.no_grad()
-def merged(model):
-    """Yield (our name, tensor) of the model; adapters are added to their layers' weights, in float32."""
-    added = {f"{name}.weight": adapter for name, adapter in adapters(model).items()}
-    for name, tensor in model.state_dict().items():
-        if ".adapter." not in name:
-            yield name, tensor.float() + added[name].merged_delta() if name in added else tensor
+def merged(model, name):
+    """A tensor of the model by our name; an adapter is added to its layer's weight, in float32."""
+    tensor, layer = model.get_parameter(name).detach(), model.get_submodule(name.rpartition(".")[0])
+    adapter = getattr(layer, "adapter", None) if name.endswith(".weight") else None
+    return tensor if adapter is None else tensor.float() + adapter.merged_delta()
 
 
 @torch.no_grad()
@@ -125,6 +133,39 @@ def read_adapter_config(folder):
         raise InputError(f"{path}: not the description of an adapter ({type(error).__name__}: {error})") from error
 
 
+def our_layers(found, model):
+    """Rename the tensors of a file made on the official model, {name there: tensor}, and cut those of fused layers:
+    each of ours gets its rows of weight and B, and all of A.
+    """
+    language, weights, found = model.config.language, dict(model.named_parameters()), dict(found)
+    for name, ours in file_names(weights, language.decoder).items():
+        rows = [len(weights[one]) for one in ours]
+        for ending in ("weight", "lora_A.weight", "lora_B.weight") if name.endswith(".weight") else ():
+            if (tensor := found.pop(name.removesuffix("weight") + ending, None)) is not None:
+                cut = ending != "lora_A.weight" and len(tensor) == sum(rows)        # else it is refused, or shared
+                pieces = split_rows(tensor, rows, language.kv_heads, language.decoder) if cut else [tensor] * len(ours)
+                found |= {official_name(one).removesuffix("weight") + ending: piece for one, piece in zip(ours, pieces)}
+    return found
+
+
+def fused_layers(trained, language):
+    """{name in a checkpoint: tensor} of adapters -> {official name: tensor}; those of fused layers become one, exactly:
+    its A has the rows of all, its B keeps their outputs apart. All get one rank, filled with zeros: one scale holds.
+    """
+    done = {}
+    for name, ours in file_names(map(our_name, trained), language.decoder).items():
+        pieces = [trained[official_name(one)] for one in ours]
+        if ".lora_B." in name:
+            pieces = torch.block_diag(*pieces).split([len(piece) for piece in pieces])
+            pieces = [join_rows(pieces, language.kv_heads, language.decoder)]
+        done[name] = torch.cat(pieces)
+    rank = max(len(tensor) for name, tensor in done.items() if ".lora_A." in name)
+    for name, tensor in done.items():
+        missing = {".lora_A.": (0, 0, 0, rank - len(tensor)), ".lora_B.": (0, rank - tensor.shape[-1])}
+        done[name] = F.pad(tensor, missing.get(name[-14:-6], (0, 0)))
+    return done
+
+
 def load_adapter(folder, model, skip=()):
     """Merge a PEFT folder into a model, whether it was made on the official model or on transformers' own.
 
@@ -137,8 +178,8 @@ def load_adapter(folder, model, skip=()):
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error
     # a model of transformers 5 has language_model.layers where all files have language_model.model.layers
-    found = {re.sub(r"^language_model\.(?!model\.|lm_head)", "language_model.model.", name): tensor
-             for name, tensor in found.items() if part_of(name) not in skip}
+    found = our_layers({re.sub(r"^language_model\.(?!model\.|lm_head|output\.)", "language_model.model.", name): tensor
+                        for name, tensor in found.items() if part_of(name) not in skip}, model)
     for weight, _ in model.named_parameters():
         layer = weight.removesuffix("weight")
         for ours in (weight, f"{layer}adapter.a.weight", f"{layer}adapter.b.weight") if layer != weight else (weight,):

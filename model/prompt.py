@@ -9,16 +9,18 @@ A page is written once, its questions are branches of it:
 The positions of every branch begin where the prefix ends. Text that a user typed is plain text: "<|im_end|>" in a
 question is ten characters, not the end of the turn. Only <ref> <box> <quad> and their ends are tokens there, too.
 
-Source: the template "Hermes-2" of InternVL2-1B, in the `conversation.py` published with it.
+Source: the template "Hermes-2" of InternVL2-1B and those of its siblings, in the `conversation.py` published with each.
 """
+import ast
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.errors import InputError
 from model.tokenizer import special_id
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+SYSTEM_25 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501
 # after DocumentVQA's questions, as in its official evaluation
 INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
@@ -26,6 +28,32 @@ IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
 PLACEHOLDER = "<image>"                 # in a question: the next image goes here
 MARKUP = re.compile("(</?(?:ref|box|quad)>)")           # tokens that name and frame a part of an image
 IGNORE_INDEX, LONGEST_TOKEN = -100, 256                 # characters of a token, at most
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a turn is written; the text of an answer and its `end` are in the loss."""
+    system: str                         # text of the system turn
+    start: str = START                  # special token that opens a turn; {} is the role: system, user or assistant
+    name: str = "{}\n"                  # plain text behind it
+    end: str = END                      # special token; the model stops there
+    gap: str = ""                       # plain text between two turns
+    strip: bool = False                 # in training, turns lose white space at their ends
+
+
+TEMPLATES = {                           # by the word "template" of config.json; V1.5's sentences: `read_template`
+    "Hermes-2": Template(SYSTEM), "internlm2-chat": Template(SYSTEM, strip=True),
+    "internvl2_5": Template(SYSTEM_25, gap="\n"), "phi3-chat": Template(SYSTEM, "<|{}|>", "\n", "<|end|>")}
+
+
+def read_template(official, folder):
+    """The Template of a config.json; its sentence from there, or from conversation.py, which is read, not executed."""
+    file, template, sentences = folder / "conversation.py", TEMPLATES[official["template"]], {}
+    for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file.is_file() else ():
+        values = {keyword.arg: getattr(keyword.value, "value", None) for keyword in getattr(call, "keywords", ())}
+        sentences[values.get("name")] = values.get("system_message")
+    system = official.get("system_message") or sentences.get(official["template"]) or template.system
+    return replace(template, system=system)
 
 
 @dataclass
@@ -44,27 +72,39 @@ class Prompt:
 class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
-    def __init__(self, tokenizer, tokens_per_tile, system=SYSTEM):
+    def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None):
         self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
-        self.prompt, self.branch, self.position = Prompt(), 0, 0
-        self.special(START)
-        self.text(f"system\n{system}")
-        self.special(END)
+        # swallow: white space that follows vanishes (Phi-3)
+        self.template, self.prompt, self.branch, self.position, self.swallow = template, Prompt(), 0, 0, False
+        self.append(list(tokenizer("").input_ids), False)
+        self.text(self.start("system") + (template.system if system is None else system))
+        self.end()
 
     def text(self, text, in_loss=False):
+        text = text.lstrip() if self.swallow else text
+        self.swallow = self.swallow and not text
         for piece in MARKUP.split(text) if self.added.keys() >= set(MARKUP.findall(text)) else [text]:
             self.append([self.added[piece]] if piece in self.added and MARKUP.fullmatch(piece) else
                         self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):
         self.append([special_id(self.tokenizer, token)] * count, in_loss)
+        self.swallow = token in getattr(self.tokenizer, "swallowing", ())
+
+    def start(self, role):
+        """Open a turn; returns its first plain text."""
+        self.special(self.template.start.format(role))
+        return self.template.name.format(role)
+
+    def end(self, in_loss=False):
+        self.special(self.template.end, in_loss=in_loss)
+        self.text(self.template.gap)
 
     def question(self, text, images):
         """A user's turn up to its end; each "<image>" becomes the next of `images`, an iterator over tile counts."""
         tiles = list(itertools.islice(images, text.count(PLACEHOLDER)))
         first, *parts = text.split(PLACEHOLDER, len(tiles))             # further placeholders are plain text
-        self.special(START)
-        self.text(f"user\n{first}")
+        self.text(self.start("user") + first)
         for count, part in zip(tiles, parts):
             self.special(IMAGE_OPEN)
             self.special(IMAGE_TOKEN, count * self.tokens_per_tile)
@@ -73,12 +113,11 @@ class PromptBuilder:
 
     def reply(self, answer):
         """End the user's turn and write the answer, which is in the loss; stop where it begins if it is None."""
-        self.special(END)
-        self.special(START)
-        self.text("assistant\n")
+        self.end()
+        self.text(self.start("assistant"))
         if answer is not None:
             self.text(answer, in_loss=True)
-            self.special(END, in_loss=True)
+            self.end(in_loss=True)
 
     def append(self, ids, in_loss):
         self.prompt.ids += ids
@@ -89,33 +128,33 @@ class PromptBuilder:
 
 
 def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, system=None, history=(),
-               question_start=None):
+               question_start=None, template=TEMPLATES["Hermes-2"]):
     """Write a page with all its conversations, each a branch -> (Prompt, indices of the branches that were left out).
 
     `tiles`: number of tiles of each image; the images come first, one per line. `branches`: one list of (question,
     answer) turns per conversation; the model writes an answer that is None. `max_length`: largest number of tokens of
-    prefix and branch together. `system`: text of the system turn, if not the model's own. Where the images do not come
+    prefix and branch together. `system`: text of the system turn, if not the template's. Where the images do not come
     first, the prefix has `history`, whole turns, and `question_start`, the next question up to its last "<image>".
 
     >>> write_page(tokenizer, 256, [7], [[("What is the date?", "January 8, 1993.")]])[0].ids[-2:]
     [13, 151645]
     """
-    builder, images = PromptBuilder(tokenizer, tokens_per_tile, SYSTEM if system is None else system), iter(tiles)
+    builder, images = PromptBuilder(tokenizer, tokens_per_tile, template, system), iter(tiles)
     for question, answer in history:
         builder.question(question, images)
         builder.reply(answer)
     if tiles:
         builder.question(question_start or "\n".join([PLACEHOLDER] * len(tiles)), images)
+        begins_with = "" if question_start else "\n"
     else:
-        builder.special(START)
-    begins_with = "" if question_start else "\n" if tiles else "user\n"
+        begins_with = builder.start("user")
     prompt, too_long = builder.prompt, []
-    prefix = len(prompt.ids)
+    prefix, swallow = len(prompt.ids), builder.swallow
     for index, turns in enumerate(branches):
         # megabytes are not even tokenized
         hopeless = max_length and sum(len(text or "") for turn in turns for text in turn) > LONGEST_TOKEN * max_length
         begin = len(prompt.ids)
-        builder.branch, builder.position = index + 1 - len(too_long), prefix
+        builder.branch, builder.position, builder.swallow = index + 1 - len(too_long), prefix, swallow
         for i, (question, answer) in enumerate(() if hopeless else turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
@@ -126,13 +165,13 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     return prompt, too_long
 
 
-def write_conversation(tokenizer, tokens_per_tile, turns):
+def write_conversation(tokenizer, tokens_per_tile, turns, template=TEMPLATES["Hermes-2"]):
     """Write one conversation -> Prompt of branch 0 alone.
 
     `turns`: (question, answer, number of tiles of each of its images); each image replaces the next "<image>" in the
     question; the model writes a last answer that is None. Raises InputError for fewer "<image>" than images.
     """
-    builder = PromptBuilder(tokenizer, tokens_per_tile)
+    builder = PromptBuilder(tokenizer, tokens_per_tile, template)
     for question, answer, tiles in turns:
         if question.count(PLACEHOLDER) < len(tiles):
             raise InputError(f"{len(tiles)} images, but {question.count(PLACEHOLDER)} {PLACEHOLDER} in the question: "

@@ -1,7 +1,7 @@
 """What is InternViT? A vision transformer over the patches of one tile; tiles do not see each other.
 
 Source: InternVL (arXiv 2312.14238), `modeling_intern_vit.py`. Differences from a textbook ViT: layer scale on both
-residual branches, no norm after the last block, an exact GELU.
+residual branches, no norm after the last block, an exact GELU. InternViT-6B has RMSNorm, also on queries and keys.
 """
 import functools
 
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.layers import LayerNorm, Linear
+from model.layers import LayerNorm, Linear, RMSNorm
 
 # mean and standard deviation of ImageNet's colors, RGB: the encoder was trained on pixels normalized with them.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,11 +37,15 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads = config.heads
-        self.qkv = Linear(config.width, 3 * config.width)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.query_norm = RMSNorm(config.width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(config.width, config.width)
 
     def forward(self, x):                                                           # (N, 1025, D)
-        q, k, v = rearrange(self.qkv(x), "n l (qkv h d) -> qkv n h l d", qkv=3, h=self.heads)       # (N, H, 1025, d)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)                                      # (N, 1025, D)
+        q, k = self.query_norm(q), self.key_norm(k)                                 # over all heads together
+        q, k, v = (rearrange(part, "n l (h d) -> n h l d", h=self.heads) for part in (q, k, v))     # (N, H, 1025, d)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.out(rearrange(x, "n h l d -> n l (h d)"))
 
@@ -51,10 +55,11 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.attention_norm = LayerNorm(config.width, eps=config.norm_eps)
+        norm = RMSNorm if config.rms_norm else LayerNorm
+        self.attention_norm = norm(config.width, config.norm_eps)
         self.attention = Attention(config)
         self.layer_scale_1 = nn.Parameter(torch.ones(config.width))               # layer scale, arXiv 2103.17239
-        self.mlp_norm = LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = norm(config.width, config.norm_eps)
         self.mlp_up = Linear(config.width, config.mlp_width)
         self.mlp_down = Linear(config.mlp_width, config.width)
         self.layer_scale_2 = nn.Parameter(torch.ones(config.width))

@@ -315,7 +315,8 @@ def test_a_damaged_metrics_file_is_named(tmp_path, content):
 @pytest.mark.parametrize("change", [{"schedule": "x"}, {"data": None}, {"data": 5}, {"workers": None}, {"max_tiles": None}, {"max_tiles": 10 ** 9}, {"warmup": None},
                                     {"dtype": "5"}, {"shuffle": "yes"}, {"shuffle": None}, {"eval_every": -1}, {"lr": "x"}, {"accumulate": 1.5}, {"recipe": "x"}])
 def test_damaged_settings_are_one_line(tmp_path, capsys, monkeypatch, change):
-    kept = {"model": "tiny", "seed": 0, "from_scratch": False, "train": "projector", "data": "synthetic:1", "steps": 1, "schedule": "cosine", "device": "cpu"}
+    kept = {"model": "tiny", "seed": 0, "from_scratch": False, "train": "projector", "data": "synthetic:1", "steps": 1, "schedule": "cosine", "device": "cpu",
+            "run_id": "0"}
     (tmp_path / "settings.json").write_text(json.dumps(kept | change))
     [key] = change
     line = refuses(train, capsys, monkeypatch, "--resume", tmp_path)

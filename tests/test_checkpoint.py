@@ -112,11 +112,12 @@ def set_config(folder, **values):
     ("not JSON", lambda f: (f / "config.json").write_text("{")),
     ("not an InternVL2 config", lambda f: (f / "config.json").write_text('{"model_type": "bert"}')),
     ("not an InternVL2 config", lambda f: (f / "config.json").write_text("[1]")),
-    (r"architectures is \['InternLM2ForCausalLM'\], expected \['Qwen2", lambda f: set_config(f, llm_config__architectures=["InternLM2ForCausalLM"])),
+    (r"architectures is \['InternLM3ForCausalLM'\], expected \['Qwen2.*nearest one that works is OpenGVLab/InternVL3-8B",
+     lambda f: set_config(f, llm_config__architectures=["InternLM3ForCausalLM"], llm_config__model_type="internlm3")),
     ("transformers layout; export with --format official", lambda f: (f / "config.json").write_text(json.dumps(
         {"model_type": "internvl", "vision_config": {"model_type": "internvl_vision"}, "text_config": {"model_type": "qwen2"}}))),
-    ("template is 'phi3-chat', expected 'Hermes-2'", lambda f: set_config(f, template="phi3-chat")),
-    ("qk_normalization is True", lambda f: set_config(f, vision_config__qk_normalization=True)),
+    ("template is 'internvl_zh', expected 'Hermes-2'", lambda f: set_config(f, template="internvl_zh")),
+    ("qk_normalization is 1.5", lambda f: set_config(f, vision_config__qk_normalization=1.5)),
     ("model.safetensors: not found", lambda f: (f / "model.safetensors").unlink()),
     ("tokenizer cannot be read", lambda f: (f / "tokenizer.json").write_text("{}")),
 ])

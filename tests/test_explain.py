@@ -148,7 +148,7 @@ def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
     flags = "--tiny", "--image", tmp_path / "page.png", "--explain"
     assert call(infer, capsys, monkeypatch, *flags, tmp_path / "out.html", asked[0][0])[:2] == (0, asked[0][1] + "\n")
     assert Reader((tmp_path / "out.html").read_text(encoding="utf-8")).tokens
-    assert "cannot be written" in refuses(infer, capsys, monkeypatch, *flags, tmp_path / "no" / "out.html", "What?")
+    assert "there is no folder" in refuses(infer, capsys, monkeypatch, *flags, tmp_path / "no" / "out.html", "What?")
     assert "about one --image" in refuses(infer, capsys, monkeypatch, "--tiny", "--explain", "x.html", "What?")
 
 

@@ -483,7 +483,7 @@ def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeyp
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "no example 99" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 99)
     gone = tmp_path / "gone" / "a.png"
-    assert f"{gone}: cannot be written" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--model", "tiny",
+    assert f"{gone}: there is no folder" in refuses(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--model", "tiny",
                                                      "--out", gone)
 
 

@@ -32,7 +32,8 @@ def reference_loss(reference, model, example, tokens):
     """One question a row, full logits; adds to the reference's gradients. Returns (loss, logits at the answers)."""
     pixels, loss, seen = reference_pixels(example.tiles).to(reference.dtype), 0.0, []
     for question, answer in zip(example.page.questions, example.page.answers):
-        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(example.tiles)], [question], [answer])
+        prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(example.tiles)],
+                                [question + example.page.instruction], [answer])
         logits = reference(input_ids=torch.tensor([prompt.ids]), pixel_values=pixels).logits[0, :-1]
         labels = torch.tensor(prompt.labels[1:])
         part = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / tokens

@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from model import InputError
 from model.errors import warn
 from model.images import compressed, image_size, load_image
-from model.prompt import IGNORE_INDEX, INSTRUCTION, Prompt, write_page
+from model.internvl import PromptTensors
+from model.prompt import INSTRUCTION, Prompt, write_page
 from model.tiling import choose_grid, tile_page
 
 COLUMNS = ("image", "question", "answers")              # columns that rows must have; pages and scores use the others
@@ -153,7 +154,7 @@ class ParquetRows:
                 for group in range(parquet.num_row_groups):
                     size = parquet.metadata.row_group(group).num_rows
                     if first + size > start:
-                        batches = parquet.iter_batches(64, [group], [*{*self.names.values()}])
+                        batches = parquet.iter_batches(64, [group], [*{*self.names.values()}], use_threads=False)
                         rows = (rename(row, self.names) for batch in batches for row in batch.to_pylist())
                         yield from itertools.islice(enumerate(rows, first), max(0, start - first), None)
                     first += size
@@ -161,7 +162,7 @@ class ParquetRows:
     def open(self, file):
         import fsspec
         from pyarrow import parquet
-        opened = parquet.ParquetFile(fsspec.open(file).open())
+        opened = parquet.ParquetFile(fsspec.open(file).open() if "://" in file else file)
         check_columns(file, opened.schema_arrow.names, self.names)
         self.sizes[file] = opened.metadata.num_rows
         return opened
@@ -408,7 +409,7 @@ class Example:
     """A page as the model reads it, or the `error` that keeps it from being read."""
     page: Page
     tiles: torch.Tensor | None = None                           # uint8 (n, 3, 448, 448)
-    prompt: Prompt | None = None
+    prompt: Prompt | PromptTensors | None = None
     too_long: list[str] = field(default_factory=list)           # questions left out,
     kept_questions: list[int] = field(default_factory=list)     # and the indices of the others
     tile_counts: list[int] = field(default_factory=list)        # of each image
@@ -416,15 +417,17 @@ class Example:
 
     @property
     def answer_tokens(self):
-        return sum(label != IGNORE_INDEX for label in self.prompt.labels)
+        return self.prompt.answer_tokens
 
     def pin_memory(self):
-        self.tiles = self.tiles if self.tiles is None else self.tiles.pin_memory()
+        if not self.error:
+            self.tiles, self.prompt.numbers = self.tiles.pin_memory(), self.prompt.numbers.pin_memory()
         return self
 
 
 class PageDataset(Dataset):
     """Turns a page into an example: decoded, tiled, tokenized. The work of a DataLoader's workers."""
+    image_key = len                     # what of an image's bytes leaves a worker; a hash, if images are compared
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config
@@ -454,6 +457,12 @@ class PageDataset(Dataset):
             example.error = (f"does not fit: {prompt.branches.count(0)} tokens before the question leave no room "
                              f"in {self.limit}")
         return example
+
+    def light(self, example):
+        """The example as it leaves a worker: its prompt as tensors, of its images names or keys, not megabytes."""
+        prompt = example.prompt and PromptTensors.of(example.prompt, self.tokenizer)
+        images = [image if isinstance(image, str) else self.image_key(image) for image in example.page.images]
+        return replace(example, page=replace(example.page, images=images), prompt=prompt)
 
     def tiles_of_each(self, page):
         """The most tiles that each image of a page may be cut into: they share those of the page."""
@@ -501,9 +510,9 @@ def leave_signals_to_the_parent(_):
 
 
 def load_examples(pages, dataset, workers, pin_memory=False):
-    """A DataLoader over `pages`, an iterable, that yields their examples in the same order."""
-    return DataLoader(dataset, sampler=pages, batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                      persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
+    """A DataLoader over `pages`, an iterable, that yields their examples in the same order, as `PageDataset.light`."""
+    return DataLoader(dataset, sampler=pages, batch_size=None, collate_fn=dataset.light, num_workers=workers,
+                      pin_memory=pin_memory, persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                       worker_init_fn=leave_signals_to_the_parent)
 
 

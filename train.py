@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
-from extras.memory import peak_gb, step_gb
+from extras.memory import choose_split, peak_gb, print_step
 from extras.outputs import lock, new_folder
 from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
@@ -86,8 +86,8 @@ def add_lora_flags(parser):
 
 def add_length_flags(parser):
     flag = parser.add_argument_group("batch size and length of the run").add_argument
-    flag("--batch-pages", type=int_in(1, 10_000), default=1, help="pages in a micro-batch (%(default)s)")
-    flag("--accumulate", type=int_in(1, 100_000), default=8, help="micro-batches in an optimizer step (%(default)s)")
+    flag("--batch-pages", type=int_in(1, 10_000), help="pages in a micro-batch (1; on a GPU 1, 2, 4 or 8, by memory)")
+    flag("--accumulate", type=int_in(1, 100_000), help="micro-batches in an optimizer step (8; on a GPU 8 pages)")
     flag("--steps", type=int_in(1), help="optimizer steps; with --epochs, whichever limit comes first")
     flag("--epochs", type=int_in(1), help="passes through the data (1 if --steps is not given)")
 
@@ -224,6 +224,8 @@ def load_model(args):
     choose_parts(model, args.train)
     model.vision.gradient_checkpointing = model.language.gradient_checkpointing = args.checkpoint_activations
     if args.compile:
+        # each number of pages in a micro-batch needs graphs of its own; beyond 8 torch would go on without compiling
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 256, True
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)
     return model
@@ -288,9 +290,7 @@ def print_run(args, model):
         drawn = [official_name(name) for name in model.state_dict() if part_of(name) in model.drawn]
         drawn = dict.fromkeys(re.sub(r"(layers)\.\d+", r"\1.#", name) for name in drawn)       # #: of every block
         print(f"drawn from --seed {args.seed}: {', '.join(drawn)}")
-    needed = step_gb(model, args.max_tiles, args.batch_pages)
-    print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
-          + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
+    print_step(args, model)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -325,7 +325,7 @@ def open_data(args, model, run, skips):
         held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
-        skips.leave_out(pages if args.eval_data else [])
+        skips.leave_out(pages if args.eval_data else [], dataset)
     run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     validation = load_examples(pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
@@ -467,6 +467,7 @@ def fit(args):
     model = load_model(args)
     run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
     recipes.fit_to_size(args, rates_of(args.lr), sum(parameter.numel() for parameter in model.parameters()))
+    choose_split(args, model)
     print_run(args, model)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):

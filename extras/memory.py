@@ -5,11 +5,13 @@
 The activations are by far the most and grow with the tokens of a micro-batch. They are counted, not derived: autograd
 reports what it saves for a page of one tile and for one of two; the difference is the cost of every further tile.
 """
+import re
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.checkpoint import device_memory
 from model.errors import InputError, warn
@@ -17,6 +19,8 @@ from model.prompt import write_page
 
 # about a page of DocumentVQA
 QUESTION, ANSWER, QUESTIONS = "What is the total amount of this invoice?", "$1,234.56", 4
+STEP_PAGES = 8                          # of a step by default
+SHARE, WORK = 0.8, 1.0                  # of a GPU's memory, after WORK GB for what the encoder and one block need
 
 
 def peak_gb(device):
@@ -54,7 +58,8 @@ def saved_gb(model, tiles):
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
                            template=model.config.template)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")
     del loss                                            # alive until here, so that no storage is reused
@@ -79,3 +84,64 @@ def step_gb(model, max_tiles, batch_pages):
     if (total := sum(needed.values())) > (most := device_memory(model.device) / 1e9):
         warn(f"a step on pages of {max_tiles} tiles needs about {total:.0f} GB, and there are {most:.0f} GB; {advice}")
     return needed
+
+
+def room_gb(device):
+    """The memory of a GPU that is free or ours, in GB."""
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9
+
+
+def choose_split(args, model):
+    """Set --batch-pages and --accumulate if not given: 8 pages a step, on a GPU as many of them at once as fit."""
+    if args.batch_pages is None and args.accumulate is None and args.device.startswith("cuda"):
+        args.batch_pages = fitting_pages(model, args.max_tiles, room_gb(args.device))
+        args.accumulate = STEP_PAGES // args.batch_pages
+        print(f"a step: {args.accumulate} x {args.batch_pages} pages, as many at once as should fit into memory")
+    args.batch_pages, args.accumulate = args.batch_pages or 1, args.accumulate or STEP_PAGES
+
+
+def fitting_pages(model, max_tiles, room):
+    """How many pages of a step, 8, 4, 2 or 1, are one micro-batch: the most that fit into `room`, in GB.
+
+    More of them at once are as exact, and cost the host half the time a page.
+    """
+    needed, pages = step_gb(model, max_tiles, 1), STEP_PAGES
+    while pages > 1 and sum(needed.values()) + (pages - 1) * needed["activations"] > SHARE * (room - WORK):
+        pages //= 2
+    return pages
+
+
+class AttentionKernels(TorchDispatchMode):
+    """Notes which kernel torch takes for each call of attention; "math", which keeps all scores, is slow and large."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.patches, self.found = model.config.vision.grid ** 2 + 1, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name == "scaled_dot_product_attention":          # in inference mode it arrives here before it has chosen
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
+        kernel = re.match("_scaled_dot_product_(.+?)_attention", name)
+        if kernel or name in ("_softmax", "_safe_softmax"):
+            queries, keys = (args[0].shape[-2], args[1].shape[-2]) if kernel else args[0].shape[-2:]
+            call = "tiles" if queries == self.patches else "prefix" if queries == keys else "branches"
+            self.found[call] = kernel[1] if kernel else "math"
+        return function(*args, **(kwargs or {}))
+
+
+def attention_kernels(model):
+    """{"tiles", "prefix", "branches": "flash", "efficient", "cudnn" or "math"} of a page in training."""
+    with AttentionKernels(model) as kernels:
+        saved_gb(model, 1)
+    return kernels.found
+
+
+def print_step(args, model):
+    """Print the estimated memory of a step and, on a GPU, the kernels of its attention."""
+    needed = step_gb(model, args.max_tiles, args.batch_pages)
+    print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
+          + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
+    if args.device.startswith("cuda"):
+        print("attention kernels: " + ", ".join(map(" ".join, attention_kernels(model).items())))

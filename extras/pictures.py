@@ -176,7 +176,7 @@ def attention(chat):
     later = torch.arange(stop, device=model.device) > positions[:, None]
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
-    page = page_mask(torch.zeros(count, dtype=torch.long), cache, model.device)
+    page = page_mask(torch.zeros(count, dtype=torch.long, device=model.device), cache, (count, 0))
     cos, sin = page_cos_sin(positions, model.config.language, [page], model.dtype)
     for layer, block in enumerate(language.blocks):
         query, _, _ = block.attention.project(block.attention_norm(x), cos, sin)

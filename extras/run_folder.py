@@ -269,11 +269,11 @@ class SkipLog:
         self.path, self.lines, self.epoch, self.read = path, read_lines(path) if path else [], epoch, read
         self.cut, self.validation = 0, set()
 
-    def leave_out(self, pages):
-        """Count and skip pages that have an image of these validation pages."""
+    def leave_out(self, pages, dataset):
+        """Count and skip pages that have an image of these validation pages; the workers of `dataset` hash images."""
         from extras.formats import content_hash
-        self.images_of = lambda page: set(map(content_hash, page.images))
-        self.validation = set().union(*map(self.images_of, pages))
+        self.images_of = lambda page: {x if isinstance(x, float) else content_hash(x) for x in page.images}
+        self.validation, dataset.image_key = set().union(*map(self.images_of, pages)), content_hash
 
     def add(self, page, what, count, reason):
         epoch, block, index = page.resume

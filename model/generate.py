@@ -4,6 +4,7 @@
     decode    one token per open question ->  logits for the next token of each
     sample    logits                      ->  token ids: the likeliest, or drawn
 """
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,8 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
         if not going_on:
             return
         running = [running[n] for n in going_on]
-        logits = decode(model, tokens[going_on], [questions[i] for i in running], caches)
+        tokens = tokens if len(going_on) == len(tokens) else tokens[going_on]
+        logits = decode(model, tokens, [questions[i] for i in running], caches)
 
 
 def open_questions(pages):
@@ -76,14 +78,15 @@ def prefill(model, pages, questions, max_new_tokens, image_tokens, caches):
 
 def decode(model, tokens, questions, caches):
     """Read the latest token, int64 (questions,), of each question. Returns logits (questions, V) for the next ones."""
-    masks = []
-    for page, cache in enumerate(caches):
-        branches = [question.branch for question in questions if question.page == page]
-        if branches:
-            masks.append(page_mask(torch.tensor(branches), cache, model.device))
     for question in questions:
         question.position += 1
-    positions = torch.tensor([question.position for question in questions], device=model.device)
+    numbers = torch.tensor([[question.branch for question in questions], [question.position for question in questions]])
+    branches, positions = numbers.to(model.device, non_blocking=True)
+    masks, start = [], 0
+    for page, of_page in itertools.groupby(questions, key=lambda question: question.page):
+        asked = [question.branch for question in of_page]
+        masks.append(page_mask(branches[start:start + len(asked)], caches[page], (asked.count(0), max(asked))))
+        start += len(asked)
     x = model.language.embedding(tokens).to(model.dtype)                    # (questions, D)
     return model.language.lm_head(model.language(x, positions, masks))
 

@@ -21,7 +21,26 @@ from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
 from model.tokenizer import special_id
 from model.vision import VisionEncoder
 
-VISION_TILES = 16                       # fills a large GPU with 16,400 rows; 0.3 GB of activations in bfloat16
+VISION_TILES = 16                       # at most: fills a large GPU with 16,400 rows; 0.3 GB of activations in bfloat16
+
+
+@dataclass
+class PromptTensors:
+    """A prompt as a step needs it, made in a worker; one copy takes it to the device."""
+    numbers: torch.Tensor               # int64: ids, positions, branches, image_index, targets, answer_index of `Batch`
+    sizes: list[int]                    # how many numbers each of them has
+    span: tuple[int, int]               # tokens of branch 0, and the last branch: what the host decides by
+    answer_tokens: int
+
+    @classmethod
+    def of(cls, prompt, tokenizer):
+        columns = prompt.ids, prompt.positions, prompt.branches, prompt.labels
+        ids, positions, branches, labels = map(torch.tensor, columns)
+        images = (ids == special_id(tokenizer, IMAGE_TOKEN)).nonzero()[:, 0]
+        answers = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
+        span = prompt.branches.count(0), max(prompt.branches)
+        return cls(torch.cat(columns), list(map(len, columns)), span, len(answers))
 
 
 @dataclass
@@ -33,7 +52,8 @@ class Batch:
     image_index: torch.Tensor           # int64 (256 N,): where in the row the image tokens go
     targets: torch.Tensor               # int64 (A,): the answer tokens, those in the loss
     answer_index: torch.Tensor          # int64 (A,): where in the row each target is predicted, one place before it
-    branches: list[torch.Tensor]        # int64, on the CPU, one tensor per page
+    branches: list[torch.Tensor]        # int64, one tensor per page,
+    spans: list[tuple[int, int]]        # and of each page on the host: tokens of branch 0, and the last branch
     image_tokens: torch.Tensor | None = None    # (256 N, D), if the tiles are encoded already
 
 
@@ -48,6 +68,9 @@ class InternVL(nn.Module):
         self.language = Decoder(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
+        # cuDNN's attention, torch's first choice on Hopper and Blackwell, plans 23 to 37 ms for every new number of
+        # queries and keys, and nearly every page and every decoded token has a new one
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.drawn = ()                 # parts that were drawn, not read: checkpoints hold them, trained or frozen
 
     @classmethod
@@ -109,33 +132,33 @@ class InternVL(nn.Module):
         return self.language.embedding.weight.device
 
     def pack(self, pages):
-        """Put pages into one row, on the model's device.
+        """Put pages into one row, on the model's device; what is pinned gets there while the host goes on.
 
-        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S). Raises ValueError if the number of image tokens of a
-        prompt is not that of its tiles.
+        `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S), prompt a Prompt or PromptTensors. Raises ValueError if
+        the number of image tokens of a prompt is not that of its tiles.
         """
-        image_id, per_tile = special_id(self.tokenizer, IMAGE_TOKEN), self.config.tokens_per_tile
+        device, per_tile, size = self.device, self.config.tokens_per_tile, self.config.vision.tile_pixels
+        row, start = [], 0
         for tiles, prompt in pages:
-            if prompt.ids.count(image_id) != len(tiles) * per_tile:
+            if not isinstance(prompt, PromptTensors):
+                prompt = PromptTensors.of(prompt, self.tokenizer)
+            numbers = prompt.numbers.to(device, non_blocking=True)
+            ids, positions, branches, images, targets, answers = numbers.split(prompt.sizes)
+            if len(images) != len(tiles) * per_tile:
                 raise ValueError(f"{len(tiles)} tiles make {len(tiles) * per_tile} image tokens, "
-                                 f"but the prompt has {prompt.ids.count(image_id)}")
-        ids, labels, positions = (torch.tensor([value for _, prompt in pages for value in getattr(prompt, name)])
-                                  for name in ("ids", "labels", "positions"))
-        answers = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        row = {"ids": ids, "positions": positions, "image_index": (ids == image_id).nonzero()[:, 0],
-               "targets": labels[answers], "answer_index": answers - 1}         # predicted by the token before
-        size = self.config.vision.tile_pixels
-        tiles = [torch.empty(0, 3, size, size, dtype=torch.uint8),
-                 *(torch.as_tensor(tiles) for tiles, _ in pages if len(tiles))]
-        return Batch(tiles=torch.cat([part.to(self.device, non_blocking=True) for part in tiles]),
-                     branches=[torch.tensor(prompt.branches) for _, prompt in pages],
-                     **{name: column.to(self.device) for name, column in row.items()})
+                                 f"but the prompt has {len(images)}")
+            row.append((ids, positions, images + start, targets, answers + start, branches, prompt.span))
+            start += len(ids)
+        *columns, branches, spans = zip(*row)
+        tiles = [torch.as_tensor(tiles).to(device, non_blocking=True) for tiles, _ in pages if len(tiles)]
+        tiles = torch.cat(tiles) if tiles else torch.empty(0, 3, size, size, dtype=torch.uint8, device=device)
+        return Batch(tiles, *map(torch.cat, columns), list(branches), list(spans))
 
     def encode_images(self, tiles):
-        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); `VISION_TILES` at a time limit the memory."""
+        """uint8 tiles (N, 3, 448, 448) -> image tokens (256 N, D); equal parts of `VISION_TILES` limit the memory."""
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.split(VISION_TILES)])
+            patches = torch.cat([self.vision(part, self.dtype) for part in tiles.chunk(-(-len(tiles) // VISION_TILES))])
         return self.projector(patches).flatten(0, 1)                            # (N, 256, D) -> (256 N, D)
 
     def forward(self, batch, caches=None):
@@ -148,6 +171,6 @@ class InternVL(nn.Module):
             image_tokens = self.encode_images(batch.tiles) if batch.image_tokens is None else batch.image_tokens
             x = x.index_copy(0, batch.image_index, image_tokens)                # image tokens take their places
         caches = caches or [None] * len(batch.branches)
-        pages = [page_mask(branches, cache, x.device) for branches, cache in zip(batch.branches, caches)]
+        pages = [page_mask(*page) for page in zip(batch.branches, caches, batch.spans)]
         x = self.language(x, batch.positions, pages, batch.answer_index)        # (A, D)
         return self.language.lm_head(x)                                         # (A, V)

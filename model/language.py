@@ -30,7 +30,8 @@ class KVCache:
         shape = (config.layers, config.kv_heads, capacity, config.head_width)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.branches = torch.empty(0, dtype=torch.long)            # of each token held
+        self.branches = torch.empty(0, dtype=torch.long, device=device)     # of each token held,
+        self.last = 0                                                       # and the last of them, on the host
 
     def update(self, layer, start, k, v):
         """Store (K, n, d) keys and values from token `start` on; return those of all tokens up to there."""
@@ -58,29 +59,42 @@ class PageMask:
     tokens: int                         # number of new tokens in the row
     causal: int                         # how many of them, from the first, are the prefix: plain causal, no mask
     mask: torch.Tensor | None           # of the others, bool (tokens - causal, past + tokens); None: they see all keys
-    key_branches: torch.Tensor          # int64 (past + tokens,), on the CPU: the branch of every key
+    key_branches: torch.Tensor          # int64 (past + tokens,): the branch of every key
+    last: int                           # the last of these branches
     cache: KVCache | None
+    made: torch.Tensor | None = None    # what `bias` returns, once it was called
 
     @property
     def past(self):
         """Tokens of the page that were read before."""
         return len(self.key_branches) - self.tokens
 
+    def bias(self, groups, dtype):
+        """The mask for the rows of heads that share keys, 0 or -inf: (groups * (tokens - causal), past + tokens)."""
+        # Made once for all layers: of a bool mask each layer would make and keep a copy like this. Rows begin at
+        # multiples of 8 numbers, as the memory-efficient kernel wants them; others it would copy, too.
+        if self.mask is not None and self.made is None:
+            rows, keys = self.mask.shape
+            made = torch.zeros(groups, rows, -(-keys // 8) * 8, dtype=dtype, device=self.mask.device)[:, :, :keys]
+            self.made = made.masked_fill_(~self.mask, -torch.inf).flatten(0, 1)
+        return self.made
 
-def page_mask(branches, cache=None, device="cpu"):
-    """The PageMask of one page's new tokens; its past is in `cache`.
 
-    `branches`: int64 (n,) on the CPU, 0 for the prefix, 1, 2, ... for the questions.
+def page_mask(branches, cache=None, span=None):
+    """The PageMask of one page's new tokens, on the device of `branches`; its past is in `cache`.
+
+    `branches`: int64 (n,), 0 for the prefix, then 1, 2, ... for the questions. `span`: how many are 0, and the last;
+    None: they are read from the device, and the host waits for it.
     """
-    past = cache.branches if cache else branches[:0]
-    key_branches = torch.cat([past, branches])
-    ends = (branches != 0).nonzero()
-    causal = 0 if len(past) else int(ends[0]) if len(ends) else len(branches)
-    query = len(past) + torch.arange(causal, len(branches))             # indices of the tokens that need a mask
-    mask = (key_branches == 0) | (key_branches == key_branches[query, None])    # the prefix, or the token's own branch,
-    mask &= torch.arange(len(key_branches)) <= query[:, None]                   # and nothing later
-    mask = None if mask.all() else mask.to(device, non_blocking=True)
-    return PageMask(len(branches), causal, mask, key_branches, cache)
+    prefix, last = span or (int((branches == 0).sum()), int(branches.max()))
+    past, new, mask = len(cache.branches) if cache else 0, len(branches), None
+    key_branches, last = (torch.cat([cache.branches, branches]), max(last, cache.last)) if cache else (branches, last)
+    causal = 0 if past else prefix
+    if new - causal > 1 or new > causal and last > 1:       # one token of a page with one question sees all keys
+        index = torch.arange(past + new, device=branches.device)
+        mask = (key_branches == 0) | (key_branches == key_branches[past + causal:, None])   # the prefix, or the
+        mask &= index <= index[past + causal:, None]                                        # own branch; nothing later
+    return PageMask(new, causal, mask, key_branches, last, cache)
 
 
 def rotary_cos_sin(positions, head_width, theta, dtype, factors=1.0, scale=1.0):
@@ -146,17 +160,19 @@ class Attention(nn.Module):
         """One page: q (H, n, d), k and v (K, n, d) of its new tokens -> (1, H, n, d)."""
         if page.cache:
             k, v = page.cache.update(self.layer, page.past, k, v)                   # (K, past + n, d)
-        q, k, v, causal = q[None], k[None], v[None], page.causal
+        q, k, v, causal, groups = q[None], k[None], v[None], page.causal, q.shape[0] // k.shape[0]
         attention, seen = F.scaled_dot_product_attention, []
         if causal > 0:                                                              # the prefix: (1, H, causal, d)
+            # float32 on a GPU: only "math" takes shared keys, with 0.6 GB of scores a layer; copies of them are 0.02 GB
             prefix = q[:, :, :causal], k[:, :, :causal], v[:, :, :causal]
-            seen.append(attention(*prefix, is_causal=True, enable_gqa=True))
-        rest = q[:, :, causal:]                                                     # the branches: (1, H, m, d)
-        if rest.shape[2] and page.mask is not None:
-            seen.append(attention(rest, k, v, attn_mask=page.mask, enable_gqa=True))
-        elif rest.shape[2]:             # a decoded token: heads that share keys are rows of one matrix, no copy
-            shared = attention(rearrange(rest, "1 (k g) m d -> 1 k (g m) d", k=k.shape[1]), k, v)
-            seen.append(rearrange(shared, "1 k (g m) d -> 1 (k g) m d", m=rest.shape[2]))
+            if copied := q.is_cuda and q.dtype == torch.float32:
+                prefix = prefix[0], *(x.repeat_interleave(groups, 1) for x in prefix[1:])
+            seen.append(attention(*prefix, is_causal=True, enable_gqa=not copied))
+        rest = q[:, :, causal:]                                 # the branches, or decoded tokens: (1, H, m, d)
+        if rest.shape[2]:               # heads that share keys are rows of one matrix: no copy, and a fused kernel
+            rows = rearrange(rest, "1 (k g) m d -> 1 k (g m) d", g=groups)
+            rows = attention(rows, k, v, attn_mask=page.bias(groups, q.dtype))
+            seen.append(rearrange(rows, "1 k (g m) d -> 1 (k g) m d", m=rest.shape[2]))
         return torch.cat(seen, dim=2)
 
 
@@ -194,10 +210,12 @@ class Decoder(nn.Module):
         `rows`, int64 (A,): the tokens whose vectors are returned, (A, D); the last block's MLP runs on these only.
         """
         cos, sin = page_cos_sin(positions, self.config, pages, x.dtype)
+        for page in pages:
+            page.bias(self.config.heads // self.config.kv_heads, x.dtype)               # outside the compiled blocks
         for block in self.blocks:
             arguments = x, cos, sin, pages, rows if block is self.blocks[-1] else slice(None)
             x = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
         for page in pages:
             if page.cache:
-                page.cache.branches = page.key_branches
+                page.cache.branches, page.cache.last = page.key_branches, page.last
         return self.norm(x)

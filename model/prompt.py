@@ -64,6 +64,10 @@ class Prompt:
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)       # 0: prefix; 1, 2, ...: one per conversation about the page
 
+    @property
+    def answer_tokens(self):
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
 
 class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""

@@ -3,6 +3,8 @@
 Source: InternVL (arXiv 2312.14238), `modeling_intern_vit.py`. Differences from a textbook ViT: layer scale on both
 residual branches, no norm after the last block, an exact GELU. InternViT-6B has RMSNorm, also on queries and keys.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,11 +17,18 @@ from model.layers import LayerNorm, Linear, RMSNorm
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@functools.cache        # made once: a copy of unpinned memory to a GPU waits for all that the GPU has to do before it
+@torch.inference_mode(False)
+def pixel_constants(device):
+    mean, deviation = (torch.tensor(c, device=device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    # 255 as a tensor: CUDA replaces a division by a Python number with a product with its rounded reciprocal
+    return torch.tensor(255.0, device=device), mean, deviation
+
+
 def normalize(tiles, dtype):
     """uint8 (N, 3, S, S) -> `dtype` of the same shape, computed in float32 on the tiles' own device."""
-    mean, deviation = (torch.tensor(c, device=tiles.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    # 255 as a tensor: CUDA replaces a division by a Python number with a product with its rounded reciprocal
-    return ((tiles.float() / torch.tensor(255.0, device=tiles.device) - mean) / deviation).to(dtype)
+    white, mean, deviation = pixel_constants(tiles.device)
+    return ((tiles.float() / white - mean) / deviation).to(dtype)
 
 
 class Attention(nn.Module):

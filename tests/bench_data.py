@@ -3,6 +3,8 @@
     python tests/bench_data.py [--passes 5] [--image SCAN.png]
     python tests/bench_data.py --hub 1500 --delay 0.2           streamed through a Hub on this machine that answers late: pages
                                                                 per second and the longest wait for a page
+    python tests/bench_data.py --main FOLDER --pages 100        what the main process itself does for a page of a folder in the Hub's
+                                                                layout: reads rows, takes examples, packs them, asks for the masks
 
 The usual path: Pillow to RGB, resize, one crop a tile, float32, normalize on the host. The page is text with scan noise, 1700 x 2200
 pixels, letter size at 200 dpi: 12 tiles and a thumbnail. Not collected by pytest.
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
@@ -27,7 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import Page, PageDataset, load_examples, page_blocks, prefetch
 from model import InternVL
+from model.config import Config
 from model.images import load_image
+from model.language import page_mask
 from model.tiling import choose_grid
 from model.vision import IMAGENET_MEAN, IMAGENET_STD, normalize
 
@@ -88,6 +93,32 @@ def stream(settings):
           f"{waits[0]:.2f} s, longest wait for a later one {max(waits[1:]):.2f} s")
 
 
+def main_process(settings):
+    """Print the CPU milliseconds that the main process takes for a page, and what share of its time 25 pages a second are."""
+    from extras.sources import open_rows
+    tiny, rows = InternVL.from_pretrained("tiny", "cpu"), open_rows(settings.main, "train")
+    dataset = PageDataset(tiny)
+    dataset.config = Config()                                       # tiles and tokens of InternVL2-1B
+    model = SimpleNamespace(tokenizer=tiny.tokenizer, config=dataset.config, device="cpu")
+    next(iter(rows))                                                # imports what reads them
+    process, wall, packing, copying, count = time.process_time(), time.perf_counter(), 0.0, 0.0, 0
+    loader = iter(load_examples(prefetch(page_blocks(rows, None, block_rows=settings.pages)), dataset, settings.workers))
+    thread = time.thread_time()                                     # its workers are there
+    for example in itertools.islice(loader, settings.pages):
+        started, count = time.thread_time(), count + 1
+        torch.cat([example.tiles])                                  # as `pack` does; on a GPU the GPU does it
+        copying += 2 * (time.thread_time() - started)
+        started = time.thread_time()
+        batch = InternVL.pack(model, [(example.tiles, example.prompt)])
+        page_mask(batch.branches[0], None, batch.spans[0])
+        packing += time.thread_time() - started
+    packing -= copying / 2
+    thread, process, wall = (1e3 * seconds / count for seconds in (time.thread_time() - thread - copying, time.process_time() - process - copying,
+                                                                   time.perf_counter() - wall))
+    print(f"{count} pages, {settings.workers} workers: {1e3 / wall:.1f} pages/s; CPU ms a page in the main process: {process:.2f}, of which "
+          f"its main thread {thread:.2f}, of which packing {1e3 * packing / count:.2f}; at 25 pages/s the main thread is busy {thread / 40:.1%}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=5)
@@ -95,8 +126,13 @@ def main():
     parser.add_argument("--hub", type=int, metavar="PAGES", help="stream so many pages through a Hub on this machine")
     parser.add_argument("--delay", type=float, default=0.2, help="of every answer of this Hub, in seconds (%(default)s)")
     parser.add_argument("--step", type=float, default=0.0, help="seconds that training takes for a page (%(default)s)")
+    parser.add_argument("--main", metavar="FOLDER", help="measure the main process on a folder in the Hub's layout")
+    parser.add_argument("--pages", type=int, default=100, help="of --main (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="of --main (%(default)s)")
     settings = parser.parse_args()
     torch.set_num_threads(1)
+    if settings.main:
+        return main_process(settings)
     if settings.hub:
         return stream(settings)
     print(f"one core of {platform.processor() or platform.machine()}; torch {torch.__version__}, Pillow {PIL.__version__}; {time.strftime('%Y-%m-%d')}\n")

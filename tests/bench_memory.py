@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_leaves
 from extras.memory import peak_gb
 from extras.recipes import RECIPES
 from extras.run_folder import read_lines
-from model import InternVL, internvl
+from model import InternVL
 from model.config import Config
 from model.lora import add_adapters
 from model.prompt import Prompt
+from model.vision import pixel_constants
 from train import PARTS, choose_parts
 
 IMAGE, ANSWER, QUESTIONS = 7, 6, 4              # an id for image tokens; tokens of an answer; questions of a page, as in DocumentVQA
@@ -98,27 +99,20 @@ def build(config, train, gradient_checkpointing, dtype):
 
 def computed(config, train, gradient_checkpointing, tiles, dtype=torch.bfloat16):
     """(bytes of the weights, of everything at the peak, trained parameters) of a step on one page."""
-    page_mask, example = internvl.page_mask, page(config, tiles)
-
-    def look_back_for_real(*arguments):                             # it looks into its tensors, which have no contents here
-        with unset_fake_temporarily():
-            return page_mask(*arguments)
+    example = page(config, tiles)
+    pixel_constants(torch.device("cpu"))                            # made once, so not without contents
 
     def pack_for_real(pages):
         with unset_fake_temporarily():
             return InternVL.pack(SimpleNamespace(tokenizer=model.tokenizer, device="cpu", config=config), pages)
 
-    internvl.page_mask = look_back_for_real
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-            model = build(config, train, gradient_checkpointing, dtype)
-            model.pack = pack_for_real
-            trained = [p for p in model.parameters() if p.requires_grad]
-            weights, live.peak = live.now, 0
-            accumulate_gradients(model, [example], 1)
-            return weights, live.peak + 8 * sum(p.numel() for p in trained), sum(p.numel() for p in trained)
-    finally:
-        internvl.page_mask = page_mask
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        model = build(config, train, gradient_checkpointing, dtype)
+        model.pack = pack_for_real
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights, live.peak = live.now, 0
+        accumulate_gradients(model, [example], 1)
+        return weights, live.peak + 8 * sum(p.numel() for p in trained), sum(p.numel() for p in trained)
 
 
 def table(settings):

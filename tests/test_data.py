@@ -2,6 +2,7 @@
 import collections
 import itertools
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -143,10 +144,22 @@ def test_examples_come_in_the_same_order_whatever_the_workers(tiny, workers):
     stream = dict(epochs=2, seed=1, block_rows=20)
     examples = list(load_examples(prefetch(page_blocks(mixed_rows(12), **stream)), PageDataset(tiny, 4), workers))
     assert [e.page.name for e in examples] == [p.name for p in flat(page_blocks(mixed_rows(12), **stream))]
+    images = {page.name: page.images[0] for page in group_rows_into_pages(mixed_rows(12))}
     for example in examples:
         assert example.tiles.dtype == torch.uint8
-        expected = tile_page(load_image(example.page.images[0]), 4, 128)
+        expected = tile_page(load_image(images[example.page.name]), 4, 128)
         assert torch.equal(example.tiles, torch.from_numpy(expected))
+
+
+def test_image_bytes_do_not_leave_the_worker_and_the_page_here_keeps_them(tiny):
+    [page, *_], dataset = group_rows_into_pages(mixed_rows(2)), PageDataset(tiny, 4)
+    for workers in (0, 1):
+        [example] = load_examples([page], dataset, workers)
+        assert example.page.images == [len(page.images[0])] and page.images[0].startswith(b"\x89PNG") and example.page.questions == page.questions
+        assert len(pickle.dumps(example.page)) < len(page.images[0])
+        assert example.prompt.numbers.dtype == torch.int64 and example.answer_tokens == dataset[page].answer_tokens
+    [broken] = load_examples([Page("x", [b"no image"], ["What?"], ["it"])], dataset, 0)
+    assert broken.error and broken.prompt is None and broken.pin_memory() is broken
 
 
 COLUMNS = {                             # what each Hub copy of DocumentVQA calls its columns

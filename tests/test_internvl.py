@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from conftest import real
 from reference import accumulate_gradients, all_logits, loss_of, page_prompt, reference_model, reference_pixels
 from small_data import mixed_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data import PageDataset, group_rows_into_pages
 from extras.sources import open_rows
+from model.vision import normalize
 from train import choose_parts, make_optimizer
 
 PROJECTOR = {"norm": "layer_norm", "up": "linear_1", "out": "linear_2"}
@@ -205,3 +208,63 @@ def test_a_page_is_seen_once_whatever_it_is_asked(tiny, monkeypatch):
     [example] = examples_of(tiny, mixed_rows(1), pages=1, max_tiles=4)
     loss_of(tiny, [(example.tiles, example.prompt)])
     assert seen == [len(example.tiles)] and len(example.page.questions) > 1
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations whose result the host reads, and the copies from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.copied = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.__name__.split(".")[0], function(*args, **(kwargs or {}))
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.read.append(name)
+        sources = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and any(tensor.device != result.device for tensor in sources):
+            self.copied.append(sources[0].dtype)
+        return result
+
+
+@pytest.fixture
+def light_examples(tiny):
+    """Examples of 1, 3 and 2 tiles as a worker sends them."""
+    choose_parts(tiny, "projector")
+    dataset = PageDataset(tiny, 4)
+    return [dataset.light(dataset[page]) for page in group_rows_into_pages(mixed_rows(3))]
+
+
+def test_a_step_reads_nothing_from_the_device(tiny, light_examples):
+    with Operations() as operations:
+        accumulate_gradients(tiny, light_examples, 2)
+    assert operations.read == []
+
+
+def test_a_page_is_two_copies_its_tiles_and_its_numbers(tiny, light_examples):
+    model = tiny.to("meta")                                     # a device whose tensors cannot be read: they have no contents
+    normalize(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device="meta"), torch.float32)     # constants are made once
+    with Operations() as operations:
+        accumulate_gradients(model, light_examples, 2)
+    assert operations.read == [] and operations.copied == [torch.int64, torch.int64, torch.uint8, torch.uint8, torch.int64, torch.uint8]
+
+
+def test_prompts_as_tensors_make_the_same_row(tiny):
+    dataset = PageDataset(tiny, 4)
+    examples = [dataset[page] for page in group_rows_into_pages(mixed_rows(3))]
+    row, light = (tiny.pack([(e.tiles, e.prompt) for e in way]) for way in (examples, map(dataset.light, examples)))
+    for name, value in vars(row).items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: all(map(torch.equal, a, b)) if name == "branches" else a == b
+        assert same(value, getattr(light, name)), name
+    assert row.spans == [(e.prompt.branches.count(0), len(e.kept_questions)) for e in examples]
+    assert [e.answer_tokens for e in examples] == [dataset.light(e).answer_tokens for e in examples]
+
+
+def test_tiles_are_encoded_in_equal_parts(tiny, monkeypatch):
+    sizes, encode = [], tiny.vision.forward
+    monkeypatch.setattr(tiny.vision, "forward", lambda part, dtype: sizes.append(len(part)) or encode(part, dtype))
+    tiles = torch.randint(256, (52, 3, 128, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = tiny.encode_images(tiles)
+        assert sizes == [13, 13, 13, 13]
+        torch.testing.assert_close(tokens[-64:], tiny.encode_images(tiles[-1:]), rtol=1e-4, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
@@ -108,3 +109,51 @@ def test_the_rows_asked_for_equal_those_of_the_whole(decoder):
     expected, = torch.autograd.grad((whole * weights).sum(), x)
     found, = torch.autograd.grad((only * weights).sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def branch_row(prefix, lengths):
+    """(branch numbers, positions) of a page with a prefix and branches of so many tokens."""
+    numbers = torch.cat([torch.zeros(prefix, dtype=torch.long), *(torch.full((n,), i) for i, n in enumerate(lengths, 1))])
+    return numbers, torch.cat([torch.arange(prefix), *(prefix + torch.arange(n) for n in lengths)])
+
+
+def with_groups(q, k, v, page):
+    """The same attention with a bool mask and shared keys, for which a GPU has no fused kernel."""
+    q, k, v, causal = q[None], k[None], v[None], page.causal
+    prefix = F.scaled_dot_product_attention(q[:, :, :causal], k[:, :, :causal], v[:, :, :causal], is_causal=True, enable_gqa=True)
+    branches = F.scaled_dot_product_attention(q[:, :, causal:], k, v, attn_mask=page.mask, enable_gqa=True)
+    return torch.cat([prefix, branches], dim=2)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_heads_as_rows_and_copied_keys_equal_shared_keys_with_a_mask(decoder, monkeypatch, dtype, tolerance, on_gpu):
+    page, found = page_mask(branch_row(210, (14, 1, 25))[0]), []
+    qkv = [torch.randn(heads, page.tokens, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
+    weights = torch.randn(1, 6, page.tokens, 8, dtype=dtype)
+    for form in (decoder.blocks[0].attention.attend, with_groups):
+        with monkeypatch.context() as patch:
+            if on_gpu:                                          # float32: what the code does on a GPU, on the CPU
+                patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+            y = form(*qkv, page)
+        found.append([y, *torch.autograd.grad((y * weights).sum(), qkv)])
+    for ours, before in zip(*found):
+        assert (ours - before).norm() < tolerance * before.norm()
+
+
+def test_the_mask_of_all_layers_is_made_once_and_aligned():
+    page = page_mask(branch_row(21, (4, 1, 7))[0])
+    bias = page.bias(3, torch.bfloat16)
+    assert bias is page.bias(3, torch.bfloat16) and bias.shape == (36, 33) and bias.stride() == (40, 1)
+    assert torch.equal(bias == 0, page.mask.repeat(3, 1)) and set(bias.unique().tolist()) == {0, -torch.inf}
+
+
+def test_what_the_host_knows_and_what_it_reads_give_the_same_mask():
+    branches, _ = branch_row(5, (2, 3))
+    for cache in (None, KVCache(SMALL, 0, "cpu", torch.float64)):
+        known, read_back = page_mask(branches, cache, (5, 2)), page_mask(branches, cache)
+        assert torch.equal(known.mask, read_back.mask) and (known.causal, known.last) == (read_back.causal, read_back.last) == (5, 2)
+    cache.branches, cache.last = branches[:7], 1
+    assert page_mask(torch.tensor([1]), cache, (0, 1)).mask is None                  # a page with one question: all keys are seen
+    cache.branches, cache.last = branches, 2
+    assert page_mask(torch.tensor([1]), cache, (0, 1)).mask.tolist() == [[True] * 7 + [False] * 3 + [True]]

@@ -19,6 +19,7 @@ from small_data import mixed_rows, write_dataset, write_split
 
 from data import Example, Page, group_rows_into_pages, page_blocks
 from extras import evaluate
+from extras.memory import choose_split
 from extras.run_folder import SkipLog
 from model import InternVL
 from model.checkpoint import TINY
@@ -225,6 +226,21 @@ def test_flags_beside_resume_override(fit, capsys, monkeypatch):
     assert json.loads((run / "settings.json").read_text())["model"] != "nowhere"          # a mistake is not kept
 
 
+def test_the_split_of_a_step_is_stored_and_kept_on_resume(fit, tiny, monkeypatch):
+    monkeypatch.setattr("extras.memory.room_gb", lambda device: 1e3)
+    monkeypatch.setattr(train, "choose_split", lambda args, model: choose_split(args, model) if args.batch_pages else pretend(args, model))
+    def pretend(args, model):                                           # a GPU with room for all pages
+        args.device = "cuda"
+        choose_split(args, model)
+        args.device = "cpu"
+    run = fit("run", "--steps", 1, "--eval-every", 0)
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["batch_pages"], settings["accumulate"]) == (8, 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run)])
+    resumed = train.parse_args()
+    assert (resumed.batch_pages, resumed.accumulate) == (8, 1)
+
+
 def test_a_rate_beside_resume_leaves_the_other_parts_at_theirs(tmp_path, monkeypatch):
     settings = {"model": "tiny", "seed": 0, "from_scratch": False, "train": "projector,llm"}
     for before, typed, after in (("projector=0.01,llm=0.001", "llm=1e-4", "projector=0.01,llm=0.0001"), (0.01, "llm=1e-4", "projector=0.01,llm=0.0001"),
@@ -265,6 +281,8 @@ def test_compiled_blocks_give_the_same_step(fit):
                        for name, more in (("plain", ()), ("compiled", ("--compile",))))
     for a, b in zip(plain, compiled):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    config = torch._dynamo.config                                       # more graphs than 8 do not end the compiling without a word
+    assert config.recompile_limit == 256 and config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.official

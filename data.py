@@ -427,7 +427,7 @@ class Example:
 
 class PageDataset(Dataset):
     """Turns a page into an example: decoded, tiled, tokenized. The work of a DataLoader's workers."""
-    image_key = len                     # what of an image's bytes leaves a worker; a hash, if images are compared
+    image_key = bool                    # what of an image's bytes leaves a worker; a hash, if images are compared
 
     def __init__(self, model, max_tiles=12, max_length=8192, allow_private=False):
         self.tokenizer, self.config = model.tokenizer, model.config

@@ -326,7 +326,7 @@ def test_damaged_settings_are_one_line(tmp_path, capsys, monkeypatch, change):
 def test_an_example_that_cannot_be_handed_over_ends_the_run_and_nothing_waits(pages, tiny):
     """As where /dev/shm is full: a worker's queue would drop it, and the main process wait for it."""
     class Full(PageDataset):
-        def __getitem__(self, page):
+        def light(self, example):
             return lambda: None                                         # cannot be pickled, as tensors without memory cannot
     from data import load_examples
     (pages / "a.jsonl").write_text(jsonl([QUERY | {"images": ["a.png"]}]))

@@ -150,7 +150,7 @@ def test_row_groups_before_the_start_are_not_read(tmp_path, monkeypatch):
     rows = mixed_rows(30)
     write_split(tmp_path, "train", rows, shards=4)
     read = []
-    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, *a, do=parquet.ParquetFile.iter_batches: read.append(self) or do(self, *a))
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, *a, do=parquet.ParquetFile.iter_batches, **more: read.append(self) or do(self, *a, **more))
     stream = open_rows(str(tmp_path), "train")
     assert [row for _, row in stream.numbered(len(rows) - 5)] == list(open_rows(str(tmp_path), "train"))[-5:]
     assert len(read) == 1 + 4

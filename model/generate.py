@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.errors import finite
+from model.errors import InputError
 from model.language import KVCache, page_mask
 from model.tokenizer import special_id
 
@@ -42,8 +42,8 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     running = list(range(len(questions)))                               # indices of the questions that have not ended
     for _ in range(max_new_tokens):
         low, high = logits.float().aminmax(dim=-1)
-        # all logits are equal where a norm's mean square overflowed: x / inf is 0
-        finite((high - low).log(), "log(max - min) of the logits", "the answer")
+        if not ((high > low) & (high - low).isfinite()).all():      # equal: where a norm's mean square overflowed
+            raise InputError("no answer: the logits are not finite, or all equal; the weights are damaged")
         tokens = sample(logits.float(), temperature, top_p, [generators[i] for i in running])
         step = dict(zip(running, tokens.tolist()))
         yield [step.get(i) for i in range(len(questions))]

@@ -224,7 +224,7 @@ def load_model(args):
     choose_parts(model, args.train)
     model.vision.gradient_checkpointing = model.language.gradient_checkpointing = args.checkpoint_activations
     if args.compile:
-        # each number of pages in a micro-batch needs graphs of its own; beyond 8 torch would go on without compiling
+        # each number of pages in a micro-batch needs graphs of its own; beyond 8 torch would stop compiling
         torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 256, True
         for block in [*model.vision.blocks, *model.language.blocks]:
             block.compile(dynamic=True)

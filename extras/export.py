@@ -63,7 +63,7 @@ def export(source, folder, layout, repository=None, allow_changed=False):
             write_card(run, folder, layout, last_step, repository or "FOLDER")
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder}: the model cannot be written there ({error})") from error
-    print(f"wrote {folder}" + "; LoRA adapters are merged: do not lay them over it again" * merges(run, layout))
+    print(f"wrote {folder}" + "; LoRA adapters are merged: do not load them onto it again" * merges(run, layout))
     if repository:
         try:
             HfApi().create_repo(repository, exist_ok=True)

@@ -26,7 +26,7 @@ VISION_TILES = 16                       # at most: fills a large GPU with 16,400
 
 @dataclass
 class PromptTensors:
-    """A prompt as a step needs it, made in a worker; one copy takes it to the device."""
+    """A Prompt as tensors on the CPU, made in a worker process; a single copy takes it to the device."""
     numbers: torch.Tensor               # int64: ids, positions, branches, image_index, targets, answer_index of `Batch`
     sizes: list[int]                    # how many numbers each of them has
     span: tuple[int, int]               # tokens of branch 0, and the last branch: what the host decides by
@@ -132,7 +132,7 @@ class InternVL(nn.Module):
         return self.language.embedding.weight.device
 
     def pack(self, pages):
-        """Put pages into one row, on the model's device; what is pinned gets there while the host goes on.
+        """Put pages into one row, on the model's device; pinned memory is copied asynchronously.
 
         `pages`: (tiles, prompt) pairs; tiles uint8 (n, 3, S, S), prompt a Prompt or PromptTensors. Raises ValueError if
         the number of image tokens of a prompt is not that of its tiles.

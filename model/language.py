@@ -106,9 +106,11 @@ def rotary_cos_sin(positions, head_width, theta, dtype, factors=1.0, scale=1.0):
 
 
 def page_cos_sin(positions, config, pages, dtype):
-    """`rotary_cos_sin` of the new tokens of some pages. With dynamic NTK, theta grows in texts beyond `max_positions`;
-    with LongRoPE, factors divide the frequencies, others in texts beyond its limit. The branches of a page are rotated
-    alike, as the longest one; the official code reads each of them alone. A cache keeps its keys as they were rotated.
+    """`rotary_cos_sin` of the new tokens of all pages: cosine and sine, each (L, head_width) of `dtype`.
+
+    `positions`: int64 (L,). Beyond `max_positions`, dynamic NTK raises theta; LongRoPE (arXiv 2402.13753) divides the
+    frequencies by short or, beyond its limit, long factors. All branches of a page are rotated as its longest (the
+    official code reads each alone). A cache keeps its keys as they were rotated.
     """
     rope, width, most, turned = config.rope, config.head_width, config.max_positions, []
     if not rope:

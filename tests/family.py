@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from reference import randomise
+from reference import TRANSFORMERS_NAMES, randomise
 from safetensors.torch import load_file
 from transformers import (
     InternVLConfig,
@@ -89,18 +89,9 @@ def cut_wqkv(tensor, heads, kv_heads):
     return torch.cat(q), torch.cat(k), torch.cat(v)
 
 
-PLAIN = (
-    (r"vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
-    (r"vision_model\.embeddings\.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
-    (r"vision_model\.embeddings\.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.ls(\d)", r"model.vision_tower.encoder.layer.\1.lambda_\2"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.norm1", r"model.vision_tower.encoder.layer.\1.layernorm_before"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.norm2", r"model.vision_tower.encoder.layer.\1.layernorm_after"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.attn\.proj", r"model.vision_tower.encoder.layer.\1.attention.projection_layer"),
+PLAIN = (                               # the vision encoder and the projector as in reference.py, norms of the 6B, InternLM2
+    *TRANSFORMERS_NAMES[:-2],
     (r"vision_model\.encoder\.layers\.(\d+)\.attn\.", r"model.vision_tower.encoder.layer.\1.attention."),
-    (r"vision_model\.encoder\.layers\.(\d+)\.mlp", r"model.vision_tower.encoder.layer.\1.mlp"),
-    (r"mlp1\.0", "model.multi_modal_projector.layer_norm"), (r"mlp1\.1", "model.multi_modal_projector.linear_1"),
-    (r"mlp1\.3", "model.multi_modal_projector.linear_2"),
     (r"language_model\.(lm_head|output)", "lm_head"), (r"language_model\.model\.tok_embeddings", "model.language_model.embed_tokens"),
     (r"(language_model\.model\.layers\.\d+)\.attention\.wo", r"\1.self_attn.o_proj"), (r"(language_model\.model\.layers\.\d+)\.feed_forward\.w1", r"\1.mlp.gate_proj"),
     (r"(language_model\.model\.layers\.\d+)\.feed_forward\.w2", r"\1.mlp.down_proj"), (r"(language_model\.model\.layers\.\d+)\.feed_forward\.w3", r"\1.mlp.up_proj"),
@@ -114,8 +105,7 @@ def native_tensors(official, llm):
     found = {}
     for name, tensor in official.items():
         if "attn.qkv." in name:
-            parts = zip("qkv", tensor.chunk(3))
-            name, many = name.replace("attn.qkv", "attn.#_proj"), [(part, piece) for part, piece in parts]
+            many = list(zip("qkv", tensor.chunk(3)))
         elif "attention.wqkv" in name:
             name = name.replace("attention.wqkv", "self_attn.#_proj")
             many = list(zip("qkv", cut_wqkv(tensor, llm["num_attention_heads"], llm["num_key_value_heads"])))

@@ -56,7 +56,7 @@ def base(tmp_path):
 
 
 def annotations(path, pages, question=None):
-    """A file about drawn pages, whose images lie beside it."""
+    """An annotation file of drawn pages, with their images in the same folder."""
     with open(path, "w") as file:
         for row in [row for page in pages for row in page_rows(page, questions=1)]:
             (path.parent / f"{row['docId']}.png").write_bytes(row["image"]["bytes"])

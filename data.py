@@ -233,6 +233,7 @@ class Page:
     system: str | None = None                                   # as in `write_page`
     history: list = field(default_factory=list)
     question_start: str | None = None
+    lead: str = ""                                              # images that begin a question, as a file has them
     max_tiles: int | None = None                                # if different from --max-tiles
     augment: bool = False                                       # compress its images as JPEG, anew in each epoch
 
@@ -289,7 +290,8 @@ def open_page(row, key, instruction):
     instruction = row.get("instruction", INSTRUCTION) if instruction is None else instruction
     if "turns" not in row:
         return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key), instruction=instruction)
-    more = {name: row[name] for name in ("system", "history", "question_start", "max_tiles", "augment") if name in row}
+    more = {name: row[name] for name in ("system", "history", "question_start", "lead", "max_tiles", "augment")
+            if name in row}
     return Page(row["place"], list(row["images"]), key=hash(key), instruction=instruction, **more)
 
 
@@ -460,13 +462,13 @@ class PageDataset(Dataset):
 
     def light(self, example):
         """The example as it leaves a worker: its prompt as tensors, of its images names or keys, not megabytes."""
-        prompt = example.prompt and PromptTensors.of(example.prompt, self.tokenizer)
+        prompt = example.prompt and PromptTensors.of(example.prompt)
         images = [image if isinstance(image, str) else self.image_key(image) for image in example.page.images]
         return replace(example, page=replace(example.page, images=images), prompt=prompt)
 
     def tiles_of_each(self, page):
         """The most tiles that each image of a page may be cut into: they share those of the page."""
-        return max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images)))
+        return max(1, (page.max_tiles or self.max_tiles) // max(1, len(page.images))) if self.config.tiled else 1
 
     def write(self, page, tile_counts, asked=None):
         """The prompt of a page, and the indices of the questions left out because they are too long.
@@ -482,12 +484,20 @@ class PageDataset(Dataset):
                 chains.append([i])
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        tidy, asked = str.strip if self.config.template.strip and asked is None else str, asked is not None
-        branches = [[(tidy(page.questions[i] + page.instruction),
+        template = asked is None and self.config.template.sample or self.config.template
+        strip, asked, start, lead = template.strip and asked is None, asked is not None, page.question_start, ""
+        if start is None and page.lead and not template.line:           # as written: no line of its own for an image
+            start, lead = re.fullmatch("(.*<image>)(.*)", page.lead, re.DOTALL).groups()
+
+        def tidy(text, whole=True):                                     # a turn, or what follows the start of one
+            return text if not strip else text.strip() if whole else text.rstrip()
+
+        branches = [[(tidy(lead * (i == chain[0]) + page.questions[i] + page.instruction, not start or i != chain[0]),
                       None if asked and i == chain[-1] else tidy(page.answers[i])) for i in chain] for chain in chains]
-        history = [(question + page.instruction, answer) for question, answer in page.history]
+        history, start = [(tidy(question + page.instruction), tidy(answer)) for question, answer in page.history
+                          ], start and tidy(start)
         prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, history, page.question_start, self.config.template)
+                                      self.max_length, page.system, history, start, template)
         return prompt, [i for n in left_out for i in (chains[n][-1:] if asked else chains[n])]
 
     def size(self, page):

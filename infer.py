@@ -97,7 +97,8 @@ def add_answer_flags(group):
     for name, default, text in (
             ("max_tiles", None, "most tiles per image, thumbnail not counted (as in the model's training)"),
             ("max_new_tokens", 512, "longest answer, in tokens"), ("temperature", 0.0, "0: the most likely token"),
-            ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling")):
+            ("top_p", 1.0, "sample from the likeliest tokens that sum to this"), ("seed", 0, "seed for sampling"),
+            ("repetition_penalty", None, "above 1: less likely repeats (1.0; XComposer2: 1.005)")):
         group.add_argument(f"--{name.replace('_', '-')}", type=ANSWER_SETTINGS[name], default=default,
                            help=text + " (%(default)s)" * (default is not None))
     group.add_argument("--json", action="store_true", help="print a JSON object: the answer, its tokens, timings")

@@ -23,7 +23,8 @@ HELP = """\
 /video PATH              show a video with the next question
 /undo                    take the last question back; its images wait for the next one
 /clear                   forget the conversation and its images
-/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed
+/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed,
+                         repetition_penalty
 /help                    list the commands
 /quit  /exit             end the chat, as Ctrl-D does"""
 

@@ -77,7 +77,8 @@ def in_range(value, smallest, largest):
 
 # the settings of an answer, as `Chat` has them, each with its type
 ANSWER_SETTINGS = {"max_tiles": int_in(1, 128), "max_new_tokens": int_in(1), "temperature": float_in(0, 1000),
-                   "top_p": float_in(1e-6, 1), "seed": int_in(0, 2 ** 63 - 1)}
+                   "top_p": float_in(1e-6, 1), "seed": int_in(0, 2 ** 63 - 1),
+                   "repetition_penalty": float_in(0.01, 100)}
 
 SCORES = ".scores.json"                 # of predictions: a file beside them, with this behind their whole name
 

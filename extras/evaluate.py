@@ -34,7 +34,7 @@ from model.generate import generate
 from model.prompt import PLACEHOLDER
 from model.tokenizer import TOKENIZER_FILES, clean
 
-GENERATION = ("max_new_tokens", "temperature", "top_p", "seed")         # the settings of `generate`
+GENERATION = ("max_new_tokens", "temperature", "top_p", "seed", "repetition_penalty")   # the settings of `generate`
 PREDICTION = ("questionId", "answer")                                   # the keys of a prediction
 LINE_BEGIN = b'{"fingerprint": "'                                       # of a line of answers
 
@@ -159,8 +159,8 @@ def page_keys(page, content):
     images, keys, before = [content(image) for image in page.images], [], []
     for i, question in enumerate(page.questions):
         before = before if i in page.follows else []
-        all_of_it = [images, page.system, page.history, page.question_start, page.instruction, page.max_tiles,
-                     page.augment and page.name, before, question]
+        all_of_it = [images, page.system, page.history, page.question_start, page.lead, page.instruction,
+                     page.max_tiles, page.augment and page.name, before, question]
         keys.append(None if None in images else hashlib.sha256(json.dumps(all_of_it).encode()).hexdigest()[:16])
         before = [*before, (question, page.answers[i])]
     return keys
@@ -294,7 +294,8 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
     keys = [page_keys(Page("", images, [question], [""]), content)[0] if path else None for question, images in asked]
     lines = {number: earlier[key] | {"images": asked[number][1]} for number, key in enumerate(keys) if key in earlier}
     waiting = deque(number for number in range(len(asked)) if number not in lines)
-    kept, pages = len(lines), question_pages((number, *asked[number]) for number in waiting)
+    place, left = model.config.template.place, ((number, *asked[number]) for number in waiting)
+    kept, pages = len(lines), question_pages((i, text.replace(place, PLACEHOLDER), images) for i, text, images in left)
     examples = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private))
     with path.open("a", encoding="utf-8") if path else contextlib.nullcontext() as file:
         if path:
@@ -334,7 +335,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
     `batch`: pages answered at once. The answer to a question that cannot be answered is empty.
     Raises InputError for predictions of other weights or settings, and where there are no rows.
     """
-    generation, lines, waiting = {name: settings[name] for name in GENERATION}, [], deque()
+    generation, lines, waiting = {name: settings.get(name) for name in GENERATION}, [], deque()
     instruction = settings.get("instruction")
     mark = path and made_with(model, max_tiles=settings["max_tiles"], instruction=instruction, **generation)
     earlier = read_earlier(path, read_predictions, mark)

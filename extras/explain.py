@@ -20,8 +20,8 @@ from extras import pictures as palette
 from extras.cli import count
 from extras.pictures import as_image, attention, draw_attention, draw_tiles, token_grid, visible
 from model.chat import Chat, Picture
+from model.errors import InputError
 from model.prompt import IGNORE_INDEX, IMAGE_TOKEN, PLACEHOLDER, Prompt, write_page
-from model.tokenizer import special_id
 
 LIKELIEST = 5                           # tokens shown of each distribution
 
@@ -48,6 +48,8 @@ class Followed:
 
 def explain(model, image, question, max_tiles=12, max_new_tokens=64):
     """A Pillow image and a question about it -> (HTML text, the greedy answer). Raises InputError."""
+    if not model.config.tiled:
+        raise InputError("--explain follows InternVL's tiles and pixel shuffle; for this model take --attend FILE.png")
     run = follow(model, image, question, max_tiles, max_new_tokens)
     answer = run.chat.turns[0].answer
     values = {"question": html.escape(question), "answer": html.escape(answer)}
@@ -200,11 +202,11 @@ def embedded(picture, most=1200):
 
 def token_row(run, start, stop):
     """A range of the prompt's tokens in their colors; consecutive image tokens become one entry with their number."""
-    prompt, image_id, shown = run.prompt, special_id(run.chat.model.tokenizer, IMAGE_TOKEN), []
-    for _, places in groupby(range(start, stop), lambda i: -1 if prompt.ids[i] == image_id else i):
+    prompt, shown = run.prompt, []
+    for _, places in groupby(range(start, stop), lambda i: -1 if prompt.images[i] else i):
         places = list(places)
         i, last = places[0], places[-1]
-        kind = ("image" if prompt.ids[i] == image_id else "loss" if prompt.labels[i] != IGNORE_INDEX
+        kind = ("image" if prompt.images[i] else "loss" if prompt.labels[i] != IGNORE_INDEX
                 else "branch" if prompt.branches[i] else "prefix")
         text, where = written(run, prompt.ids[i], None), f"{prompt.positions[i]}"
         if last > i:

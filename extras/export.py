@@ -56,7 +56,8 @@ def export(source, folder, layout, repository=None, allow_changed=False):
                 save_adapter(run, trained, folder, allow_changed)
             elif layout == "official":
                 model.save_pretrained(folder)
-                add_chat_template(folder)
+                if not model.config.model_class:
+                    add_chat_template(folder)
             else:
                 save_transformers(model, folder)
             last_step = trained and checkpoint.step_of(trained.name) or math.inf
@@ -83,8 +84,10 @@ def check_layout(source, allow_changed, concerned=lambda name: True):
     """Raise InputError, with names, if transformers' class for the same config.json has other `concerned` tensors."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
     folder, _, _ = checkpoint.resolve(source, PARTS, allow_changed)
+    if (config := Config.read(folder / CONFIG)).model_class:            # not InternVL: there is no other class
+        return
     with torch.device("meta"):
-        model = InternVL(Config.read(folder / CONFIG))
+        model = InternVL(config)
         model.tokenizer, model.folder = load_tokenizer(folder), folder
         theirs = InternVLForConditionalGeneration(InternVLConfig(**transformers_files(model)["config.json"]))
     expected = {f"language_model.{name}" if name.startswith("lm_head") else name.removeprefix("model.").replace(
@@ -118,11 +121,12 @@ def save_adapter(run, path, folder, allow_changed):
     trained = lora.fused_layers(trained, Config.read(folder_of_base / CONFIG).language)
     layers = {name.rpartition(".lora_")[0] for name in trained if ".lora_" in name}
     rank = max(len(tensor) for name, tensor in trained.items() if name.endswith(".lora_A.weight"))
+    modules = sorted({name.partition(".")[0] for name in trained if ".lora_" not in name})      # the projector, or none
     base = str(TINY) if settings["model"] == "tiny" else settings["model"]         # a name that others can open
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "bias": "none",
               "lora_alpha": scale * rank, "lora_dropout": settings.get("lora_dropout", 0.0),
               "target_modules": sorted({".".join(layer.split(".")[-2:]) for layer in layers}),
-              "modules_to_save": ["mlp1"] if whole else None, "init_lora_weights": True, "inference_mode": True}
+              "modules_to_save": modules or None, "init_lora_weights": True, "inference_mode": True}
     write_text(folder / lora.ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     tensors = {lora.PREFIX + name: tensor for name, tensor in trained.items()}
     write_tensors(folder / lora.ADAPTER_WEIGHTS, tensors, {"format": "pt"})
@@ -149,6 +153,8 @@ def add_chat_template(folder):
 
 def save_transformers(model, folder):
     """Write a folder that transformers' InternVLForConditionalGeneration opens; adapters are merged."""
+    if model.config.model_class:
+        raise InputError("transformers has no class for this model; export it with --format official")
     if (model.folder / SENTENCEPIECE).is_file():        # which transformers would read wrongly
         model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     else:

@@ -143,7 +143,8 @@ def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
     Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history`
-    and `question_start` as in `write_page`; what scores and predictions need. A last answer that is missing is empty.
+    and `question_start` as in `write_page`; `lead`, the images that begin it, as written; what scores and predictions
+    need. A last answer that is missing is empty.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -167,6 +168,7 @@ def read_entry(entry):
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{type(error).__name__}: {error}; expected a row of the format with the key {key}") from error
+    lead = re.match(r"\s*((<image>\s*)*)", PLACES.sub(PLACEHOLDER, turns[0][0]))[1]
     images, turns = place_images(turns, images, first=-1 if key in IMAGES_LAST else 0)
     history, question_start, rest = images_first(turns)
     ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
@@ -174,7 +176,7 @@ def read_entry(entry):
     accepted = accepted_answers(entry) if key == "question" else None
     refuse_unread(entry, entry.read, images=images)
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "accepted": accepted, "instruction": "",
+            "lead": lead, "accepted": accepted, "instruction": "",
             "question_types": types if isinstance(types, list) else [str(types)],
             "questionId": next((name for name in ids if name is not None), None)}
 

@@ -57,7 +57,7 @@ def saved_gb(model, tiles):
 
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
-                           template=model.config.template)
+                           template=model.config.template.sample or model.config.template)
     counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
@@ -71,6 +71,7 @@ def step_gb(model, max_tiles, batch_pages):
 
     Warns if that is more than the device has; raises InputError if not even a page of two tiles fits.
     """
+    max_tiles = max_tiles if model.config.tiled else 1
     tiles, advice = max_tiles + (model.config.thumbnail and max_tiles > 1), (
         "try --checkpoint-activations, fewer tiles (--max-tiles), --train lora, a smaller model or a larger GPU")
     held = held_gb(str(model.device))

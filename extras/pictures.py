@@ -16,10 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from extras.cli import count
 from model.errors import InputError
 from model.images import load_image
-from model.language import page_cos_sin, page_mask
+from model.language import Row, page_cos_sin, page_mask
 from model.prompt import IMAGE_TOKEN
 from model.tiling import choose_grid
-from model.tokenizer import special_id
 
 # one palette for all pictures: fills for tokens of the prefix, of images, of plain text and in the loss; then lines
 PREFIX, IMAGE, TEXT, LOSS = "#c9dcf2", "#fde3ae", "#f2f2f2", "#c8e9c8"
@@ -89,7 +88,7 @@ def show_example(example, dataset, file):
     Tokens in the loss stand in [], on a terminal also in green.
     """
     page, prompt, tokenizer, most = example.page, example.prompt, dataset.tokenizer, dataset.tiles_of_each(example.page)
-    image_tokens = prompt.ids.count(special_id(tokenizer, IMAGE_TOKEN))
+    image_tokens = sum(prompt.images)
     print(f"{page.name}: images {len(page.images)}, tiles {len(example.tiles)}, questions {len(page.questions)}")
     if len(example.tiles):
         sizes = [load_image(image, dataset.allow_private).size for image in page.images]
@@ -113,8 +112,7 @@ def runs_of_tokens(prompt, at, tokenizer):
     """Yield the tokens at the indices `at` of a prompt as text: a piece for each run of image tokens, of tokens in the
     loss, and of masked ones."""
     begin, end = ("\033[1;32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
-    image_id = special_id(tokenizer, IMAGE_TOKEN)
-    kinds = itertools.groupby(at, key=lambda i: (prompt.ids[i] == image_id, prompt.labels[i] >= 0))
+    kinds = itertools.groupby(at, key=lambda i: (prompt.images[i], prompt.labels[i] >= 0))
     for (is_image, in_loss), run in kinds:
         ids = [prompt.ids[i] for i in run]
         text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else "|".join(texts_of_tokens(ids, tokenizer))
@@ -177,12 +175,12 @@ def attention(chat):
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
     page = page_mask(torch.zeros(count, dtype=torch.long, device=model.device), cache, (count, 0))
-    cos, sin = page_cos_sin(positions, model.config.language, [page], model.dtype)
+    row = Row(*page_cos_sin(positions, model.config.language, [page], model.dtype), [page])
     for layer, block in enumerate(language.blocks):
-        query, _, _ = block.attention.project(block.attention_norm(x), cos, sin)
+        query, _, _ = block.attention.project(block.attention_norm(x), row)
         keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)  # (H, L, d)
-        weight = query.float() @ keys.float().mT / cos.shape[-1] ** 0.5
+        weight = query.float() @ keys.float().mT / row.cos.shape[-1] ** 0.5
         total = total + weight.masked_fill(later, -torch.inf).softmax(dim=-1).mean(dim=(0, 1))              # (L,)
-        x = block(x, cos, sin, [page])
+        x = block(x, row)
     cache.branches = page.key_branches
     return total[places].cpu() / len(language.blocks)

@@ -9,6 +9,7 @@ TINY_LR = {"projector": 5e-3, "lora": 5e-4, "llm": 2e-4, "vision": 2e-4}
 # average). None sets drop path (0.1 in the official full run) or groups by length, as the originals do.
 OFFICIAL = dict(max_tiles=6, max_length=4096, schedule="cosine", warmup=0.03, weight_decay=0.01, beta2=0.999, clip=1.0,
                 batch_pages=1, checkpoint_activations=True)
+COMPOSER = OFFICIAL | dict(max_tiles=1, warmup=0.01, weight_decay=0.1, beta2=0.95, accumulate=8)
 RECIPES = {
     "official-full": (
         "InternVL 2.0 second fine-tuning of 1B, full: 128 questions a step",
@@ -28,6 +29,10 @@ RECIPES = {
     "paddlemix-llm": (
         "PaddleMIX's second fine-tuning of 1B, LLM and projector trainable: 128 questions a step",
         OFFICIAL | dict(train="projector,llm", lr=4e-5, accumulate=32)),
+    "xcomposer2-lora": (
+        "InternLM-XComposer2's own fine-tuning, LoRA",
+        COMPOSER | dict(train="lora", lr=5e-5, lora_rank=64, lora_alpha=64, lora_dropout=0.05, lora_targets="llm")),
+    "xcomposer2-full": ("InternLM-XComposer2's own fine-tuning, full", COMPOSER | dict(train="projector,llm", lr=1e-5)),
 }
 
 

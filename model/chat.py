@@ -19,9 +19,8 @@ from model.errors import InputError
 from model.generate import generate
 from model.images import load_image
 from model.language import KVCache
-from model.prompt import IMAGE_TOKEN, MARKUP, PLACEHOLDER, Prompt, write_conversation
+from model.prompt import MARKUP, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, tile_page
-from model.tokenizer import special_id
 
 
 @dataclass(eq=False)
@@ -48,9 +47,11 @@ class Chat:
     After a turn `report` has the answer, its tokens and timings, and `read` the number of prompt tokens that were new.
     """
 
-    def __init__(self, model, max_tiles=None, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0):
+    def __init__(self, model, max_tiles=None, max_new_tokens=512, temperature=0.0, top_p=1.0, seed=0,
+                 repetition_penalty=None):
         self.model, self.max_tiles = model, max_tiles or model.config.max_tiles
-        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed,
+                         "repetition_penalty": repetition_penalty or model.config.repetition_penalty}
         self.clear()
 
     def clear(self):
@@ -68,16 +69,19 @@ class Chat:
         self.waiting.append(self.picture(image, len(self.pictures) + 1))
 
     def add_video(self, frames):
-        """Show a video with the next question: its `frames`, Pillow images, become one tile each."""
+        """Show a video with the next question: its `frames`, Pillow images, become one tile each. Raises InputError."""
+        if frames and not self.model.config.tiled:
+            raise InputError("this model was not trained on videos; show a frame as an image, or take an InternVL")
         self.waiting += [self.cut(frame, 1, f"Frame{i}: ") for i, frame in enumerate(frames, 1)]
 
     def picture(self, image, number):
         """The Picture of an image, number `number` of the conversation."""
         # images of the first question have no label; later ones are numbered, as in the official multi-image prompt
-        return self.cut(load_image(image), self.max_tiles, f"Image-{number}: " if self.turns else "")
+        return self.cut(load_image(image), self.max_tiles,
+                        f"Image-{number}: " if self.turns and self.model.config.tiled else "")
 
     def cut(self, image, max_tiles, label):
-        size = self.model.config.vision.tile_pixels
+        size, max_tiles = self.model.config.vision.tile_pixels, max_tiles if self.model.config.tiled else 1
         tiles = tile_page(image, max_tiles, size, self.model.config.thumbnail)
         return Picture(image, tiles, choose_grid(*image.size, max_tiles, size), label)
 
@@ -109,7 +113,7 @@ class Chat:
             tiles, image_tokens = self.encode(keys[same:])
             rest = Prompt(*(column[same:] for column in vars(prompt).values()))         # what is not in the cache
             for [token] in generate(self.model, [(tiles, rest)], image_tokens=image_tokens, caches=[self.cache],
-                                    **settings):
+                                    whole=[prompt], **settings):
                 first = first or time.perf_counter()
                 self.held = keys + tokens               # `generate` reads a token when it computes the next one
                 tokens.append(token)
@@ -143,8 +147,11 @@ class Chat:
             raise InputError("the question is empty; write what you want to know")
         shown = [self.picture(image, i) for i, image in enumerate(images, len(self.pictures) + 1)]
         turn = Turn(question, None, self.waiting + shown)
-        if PLACEHOLDER not in question:
-            turn.question = "".join(f"{picture.label}{PLACEHOLDER}\n" for picture in turn.pictures) + question
+        template = self.model.config.template
+        turn.question = question.replace(template.place, PLACEHOLDER)
+        if PLACEHOLDER not in turn.question:
+            places = (f"{picture.label}{PLACEHOLDER}{template.line}" for picture in turn.pictures)
+            turn.question = "".join(places) + question
         prompt, keys = self.write([*self.turns, turn])
         most = self.model.config.language.max_positions
         if len(prompt.ids) + max_new_tokens > most:
@@ -154,13 +161,12 @@ class Chat:
 
     def write(self, turns):
         """The prompt, and a key for each of its tokens: the id, or the picture that an image token belongs to."""
-        tokenizer, size = self.model.tokenizer, self.model.config.tokens_per_tile
-        prompt = write_conversation(tokenizer, size, [
+        size = self.model.config.tokens_per_tile
+        prompt = write_conversation(self.model.tokenizer, size, [
             (turn.question, turn.answer, [len(picture.tiles) for picture in turn.pictures]) for turn in turns],
             self.model.config.template)
-        image_id = special_id(tokenizer, IMAGE_TOKEN)
         shown = (picture for turn in turns for picture in turn.pictures for _ in range(len(picture.tiles) * size))
-        return prompt, [next(shown) if token == image_id else token for token in prompt.ids]
+        return prompt, [next(shown) if is_image else token for token, is_image in zip(prompt.ids, prompt.images)]
 
     @torch.inference_mode()
     def encode(self, keys):

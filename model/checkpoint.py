@@ -6,7 +6,8 @@
     run folder        settings.json, checkpoints/, and at the end of the run also the files of a model folder
     checkpoint        of a run: what it trains or drew, and the optimizer's state; the rest is the base model's
 
-Only safetensors and JSON are read or written.
+Only safetensors and JSON are read or written; of pytorch_model.bin, as InternLM-XComposer2 has it, only the tensors are
+read, and no code in it is run.
 """
 import contextlib
 import hashlib
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -29,10 +31,11 @@ from model.names import PARTS, file_names, join_rows, official_name, part_of, sp
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
+BINARY, BINARY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"          # where there are no safetensors
 INDEX, SHARDS, SHARD_BYTES = "model.safetensors.index.json", "model-*-of-*.safetensors", 5 * 10 ** 9
 BESIDE_WEIGHTS = (                      # the other files of a model folder, for us and for the official code
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
-    "configuration_*.py", "modeling_*.py", "conversation.py")
+    "configuration_*.py", "modeling_*.py", "conversation.py", "tokenization_*.py", "build_mlp.py")
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MOST_HEADER = 100_000_000               # bytes of the header of a safetensors file, the format's own limit
 TINY = Path(__file__).parent / "tiny"
@@ -88,20 +91,25 @@ def download_weights(name, folder):
         gigabytes = 2 * about_parameters(Config.read(folder / CONFIG)) / 1e9
         warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that "
              "in float32; train.py prints what a step takes")
-    return download(name, (WEIGHTS, INDEX, SHARDS))
+    folder = download(name, (WEIGHTS, INDEX, SHARDS))
+    if any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        return folder
+    return download(name, (BINARY, BINARY_INDEX, "pytorch_model-*-of-*.bin"))
 
 
 def about_parameters(config):
     """The number of parameters in the large matrices: at least 99 % of all."""
     vision, language = config.vision, config.language
     heads = 2 * (language.heads + language.kv_heads) * language.head_width
-    return (vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.width * (
-        language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
+    partial = getattr(language, "partial_rank", 0) * (heads + 5 * language.width + 3 * language.mlp_width)
+    return language.layers * partial + (
+        vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.width * (
+            language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
 
 
 def has_weights(folder):
     """Whether a model folder has weights, in one file or in several."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, BINARY, BINARY_INDEX))
 
 
 def resolve_base(where, base, overlay, drawn, skip, allow_changed, seen):
@@ -244,7 +252,7 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
         raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
-    model.tokenizer = load_tokenizer(folder)
+    model.tokenizer = load_tokenizer(folder, (model.config.template.start, model.config.template.end))
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they belong to different models")
@@ -279,8 +287,12 @@ def device_memory(device):
 
 def weight_files(folder):
     """The paths of a folder's weights: one, or those that its index names. Raises InputError."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():
+    for one, index in ((WEIGHTS, folder / INDEX), (BINARY, folder / BINARY_INDEX)):
+        if (folder / one).is_file():
+            return [folder / one]
+        if index.is_file():
+            break
+    else:
         return [folder / WEIGHTS]
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -300,10 +312,13 @@ def read(folder, wanted, language, device, dtype, skip=()):
     """
     holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
     trouble = {"missing": [], "unexpected": [], "duplicate": [], "wrong shape": [], "wrong dtype": []}
-    for path, name, part in tensors_of(weight_files(folder), skip):
+    for path, name, part in tensors_of(paths := weight_files(folder), skip):
         plain = name.replace(".base_model.model", "").replace(".base_layer.", ".").replace(".default.", ".")
         ours, shape, kind = holds.get(plain, ()), tuple(part.get_shape()), part.get_dtype()
         rows = [len(wanted[one]) for one in ours]
+        if language.decoder == "XComposer2" and ours == ["vision.position"] and len(shape) == 2:
+            from model.xcomposer2 import stretch
+            shape = (part := Piece(stretch(part[:], rows[0]))).get_shape()          # CLIP's own, of another size
         if ".lora_" in plain:
             adapters[plain] = part[:]
         elif not ours:
@@ -327,12 +342,42 @@ def read(folder, wanted, language, device, dtype, skip=()):
         raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
                          f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}"
                          + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
-    return tensors, stored, files, adapters
+    return tensors, stored, {} if adapters or paths[0].suffix == ".bin" else files, adapters
+
+
+class Piece:
+    """A tensor of a .bin file, with the methods of safetensors' slices."""
+
+    def __init__(self, tensor):
+        self.tensor, names = tensor.detach(), {dtype: name for name, dtype in STORED_DTYPES.items()}
+        self.get_shape, self.get_dtype = lambda: tensor.shape, lambda: names.get(tensor.dtype, str(tensor.dtype))
+
+    def __getitem__(self, part):
+        return self.tensor[part]
+
+
+def read_binary(path):
+    """{name: Piece} of a .bin file; no code in it is run. Raises InputError."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if odd := [name for name, tensor in found.items() if not isinstance(name, str) or not isinstance(
+                tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu"]:
+            raise ValueError(f"{str(odd[0])[:60]!r} is not a tensor with values")
+    except Exception as error:                  # what torch.load raises for a broken file has no common class
+        code = isinstance(error, pickle.UnpicklingError)
+        reason = "refused, it holds more than tensors and could run code" if code else "not a whole file of weights"
+        raise InputError(f"{path}: {reason} ({' '.join(str(error).split())[-200:] or type(error).__name__}); download "
+                         "or copy the published file again") from error
+    # without the buffers that older versions of transformers stored
+    return {name: Piece(tensor) for name, tensor in found.items() if not name.endswith((".position_ids", ".inv_freq"))}
 
 
 def tensors_of(paths, skip):
-    """Yield (path, name, slice of the tensor) of safetensors files, without the parts `skip`. Raises InputError."""
+    """Yield (path, name, slice of the tensor) of weight files, without the parts `skip`. Raises InputError."""
     for path in paths:
+        if path.suffix == ".bin":
+            yield from ((path, name, piece) for name, piece in read_binary(path).items())
+            continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in (name for name in file.keys() if part_of(name) not in skip):
@@ -409,7 +454,7 @@ def save(model, folder):
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        new = config | {"max_dynamic_patch": model.config.max_tiles}                            # others cut pages by it
+        new = config | ({"max_dynamic_patch": model.config.max_tiles} if model.config.tiled else {})  # others cut by it
         new |= {key: 0 for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)}     # merged now
         if new != config:
             write_text(folder / CONFIG, json.dumps(new, indent=2) + "\n")

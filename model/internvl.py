@@ -17,8 +17,7 @@ from model.config import Config
 from model.language import Decoder, page_mask
 from model.names import PARTS, part_of
 from model.projector import Projector
-from model.prompt import IGNORE_INDEX, IMAGE_TOKEN
-from model.tokenizer import special_id
+from model.prompt import IGNORE_INDEX
 from model.vision import VisionEncoder
 
 VISION_TILES = 16                       # at most: fills a large GPU with 16,400 rows; 0.3 GB of activations in bfloat16
@@ -33,11 +32,10 @@ class PromptTensors:
     answer_tokens: int
 
     @classmethod
-    def of(cls, prompt, tokenizer):
-        columns = prompt.ids, prompt.positions, prompt.branches, prompt.labels
-        ids, positions, branches, labels = map(torch.tensor, columns)
-        images = (ids == special_id(tokenizer, IMAGE_TOKEN)).nonzero()[:, 0]
-        answers = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    def of(cls, prompt):
+        columns = prompt.ids, prompt.positions, prompt.branches, prompt.labels, prompt.images
+        ids, positions, branches, labels, images = map(torch.tensor, columns)
+        images, answers = images.nonzero()[:, 0], (labels != IGNORE_INDEX).nonzero()[:, 0]
         columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
         span = prompt.branches.count(0), max(prompt.branches)
         return cls(torch.cat(columns), list(map(len, columns)), span, len(answers))
@@ -59,13 +57,14 @@ class Batch:
 
 class InternVL(nn.Module):
     """The model with its `tokenizer`; it computes in `dtype` on `device`."""
+    vision_class, projector_class, decoder_class = VisionEncoder, Projector, Decoder
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(config.vision)
-        self.projector = Projector(config)
-        self.language = Decoder(config.language)
+        self.vision = self.vision_class(config.vision)
+        self.projector = self.projector_class(config)
+        self.language = self.decoder_class(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
         # cuDNN's attention, torch's first choice on Hopper and Blackwell, plans 23 to 37 ms for every new number of
@@ -83,8 +82,9 @@ class InternVL(nn.Module):
         file that is missing, truncated or of another model.
         """
         folder, overlays, without = checkpoint.resolve(name, init, allow_changed)
+        config = Config.read(folder / checkpoint.CONFIG)
         with torch.device("meta"):
-            model = cls(Config.read(folder / checkpoint.CONFIG))
+            model = (config.model_class or cls)(config)
         checkpoint.load(model, folder, overlays, without, device, dtype)
         model.drawn = tuple(init)
         if seed is not None:
@@ -141,7 +141,7 @@ class InternVL(nn.Module):
         row, start = [], 0
         for tiles, prompt in pages:
             if not isinstance(prompt, PromptTensors):
-                prompt = PromptTensors.of(prompt, self.tokenizer)
+                prompt = PromptTensors.of(prompt)
             numbers = prompt.numbers.to(device, non_blocking=True)
             ids, positions, branches, images, targets, answers = numbers.split(prompt.sizes)
             if len(images) != len(tiles) * per_tile:
@@ -172,5 +172,6 @@ class InternVL(nn.Module):
             x = x.index_copy(0, batch.image_index, image_tokens)                # image tokens take their places
         caches = caches or [None] * len(batch.branches)
         pages = [page_mask(*page) for page in zip(batch.branches, caches, batch.spans)]
-        x = self.language(x, batch.positions, pages, batch.answer_index)        # (A, D)
+        images = batch.image_index if len(batch.tiles) else None
+        x = self.language(x, batch.positions, pages, batch.answer_index, images)        # (A, D)
         return self.language.lm_head(x)                                         # (A, V)

@@ -134,6 +134,15 @@ def apply_rotary(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+@dataclass
+class Row:
+    """What a block knows of a row beside its vectors."""
+    cos: torch.Tensor                   # (L, head width), of every token's rotary angles
+    sin: torch.Tensor
+    pages: list[PageMask]
+    images: torch.Tensor | None = None  # int64 (256 N,): which tokens are image tokens; None where there are none
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -145,18 +154,23 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
 
-    def project(self, x, cos, sin):                             # (L, D) -> rotated (H, L, d), (K, L, d), and (K, L, d)
-        q, k, v = (rearrange(layer(x), "l (h d) -> h l d", d=self.head_width)
-                   for layer in (self.query, self.key, self.value))
-        q, k = self.query_norm(q), self.key_norm(k)                                 # over each head alone
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+    def qkv(self, x, row):                                      # (L, D) -> (L, H d), (L, K d), (L, K d)
+        return self.query(x), self.key(x), self.value(x)
 
-    def forward(self, x, cos, sin, pages):                                          # (L, D)
-        q, k, v = self.project(x, cos, sin)
-        tokens = [page.tokens for page in pages]
-        split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), pages)
+    def project(self, x, row):                                  # (L, D) -> rotated (H, L, d), (K, L, d), and (K, L, d)
+        q, k, v = (rearrange(part, "l (h d) -> h l d", d=self.head_width) for part in self.qkv(x, row))
+        q, k = self.query_norm(q), self.key_norm(k)                                 # over each head alone
+        return apply_rotary(q, row.cos, row.sin), apply_rotary(k, row.cos, row.sin), v
+
+    def look(self, x, row):                                     # (L, D) -> (L, H d), the heads' outputs
+        q, k, v = self.project(x, row)
+        tokens = [page.tokens for page in row.pages]
+        split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), row.pages)
         seen = [self.attend(*qkv, page) for *qkv, page in split]
-        return self.out(rearrange(torch.cat(seen, dim=2), "1 h l d -> l (h d)"))    # (L, D)
+        return rearrange(torch.cat(seen, dim=2), "1 h l d -> l (h d)")
+
+    def forward(self, x, row):                                                      # (L, D) -> (L, D)
+        return self.out(self.look(x, row))
 
     def attend(self, q, k, v, page):
         """One page: q (H, n, d), k and v (K, n, d) of its new tokens -> (1, H, n, d)."""
@@ -190,32 +204,35 @@ class Block(nn.Module):
         self.mlp_up = Linear(config.width, config.mlp_width, bias=False)
         self.mlp_down = Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x, cos, sin, pages, rows=slice(None)):                        # (L, D) -> (L, D) or (A, D)
-        x = (x + self.attention(self.attention_norm(x), cos, sin, pages))[rows]
+    def forward(self, x, row, rows=slice(None)):                                    # (L, D) -> (L, D) or (A, D)
+        x = (x + self.attention(self.attention_norm(x), row))[rows]
         y = self.mlp_norm(x)
         return x + self.mlp_down(F.silu(self.mlp_gate(y)) * self.mlp_up(y))
 
 
 class Decoder(nn.Module):
+    block_class = Block
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(self.block_class(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)          # never tied to the embedding
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
-    def forward(self, x, positions, pages, rows=slice(None)):
+    def forward(self, x, positions, pages, rows=slice(None), images=None):
         """Embedded row (L, D), int64 positions (L,), one PageMask per page -> (L, D), ready for `lm_head`.
 
         `rows`, int64 (A,): the tokens whose vectors are returned, (A, D); the last block's MLP runs on these only.
+        `images`: as in `Row`.
         """
-        cos, sin = page_cos_sin(positions, self.config, pages, x.dtype)
+        row = Row(*page_cos_sin(positions, self.config, pages, x.dtype), pages, images)
         for page in pages:
             page.bias(self.config.heads // self.config.kv_heads, x.dtype)               # outside the compiled blocks
         for block in self.blocks:
-            arguments = x, cos, sin, pages, rows if block is self.blocks[-1] else slice(None)
+            arguments = x, row, rows if block is self.blocks[-1] else slice(None)
             x = checkpoint(block, *arguments, use_reentrant=False) if self.gradient_checkpointing else block(*arguments)
         for page in pages:
             if page.cache:

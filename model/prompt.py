@@ -39,6 +39,12 @@ class Template:
     end: str = END                      # special token; the model stops there
     gap: str = ""                       # plain text between two turns
     strip: bool = False                 # in training, turns lose white space at their ends
+    line: str = "\n"                    # plain text behind an image that comes before the question
+    place: str = PLACEHOLDER            # what users write where an image belongs, beside "<image>"
+    stops: tuple = ()                   # special tokens beside `end` that end an answer
+    text_begin: tuple = ()              # special tokens that a prompt without images begins with
+    sample: "Template" = None           # how a conversation for training is written, if otherwise
+    builder: type = None                # if not PromptBuilder
 
 
 TEMPLATES = {                           # by the word "template" of config.json; V1.5's sentences: `read_template`
@@ -58,11 +64,12 @@ def read_template(official, folder):
 
 @dataclass
 class Prompt:
-    """A row of tokens; the four lists have one length."""
+    """A row of tokens; the five lists have one length."""
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)         # the token's own id if it is in the loss, else IGNORE_INDEX
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)       # 0: prefix; 1, 2, ...: one per conversation about the page
+    images: list[bool] = field(default_factory=list)        # whether it is an image token, which the model computes
 
     @property
     def answer_tokens(self):
@@ -72,13 +79,17 @@ class Prompt:
 class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
-    def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None):
+    def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None, tiles=()):
         self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
         # swallow: white space that follows vanishes (Phi-3)
         self.template, self.prompt, self.branch, self.position, self.swallow = template, Prompt(), 0, 0, False
         self.append(list(tokenizer("").input_ids), False)
-        self.text(self.start("system") + (template.system if system is None else system))
-        self.end()
+        for token in () if any(tiles) else template.text_begin:
+            self.special(token)
+        system = template.system if system is None else system
+        if system is not None:
+            self.text(self.start("system") + system)
+            self.end()
 
     def text(self, text, in_loss=False):
         text = text.lstrip() if self.swallow else text
@@ -88,7 +99,7 @@ class PromptBuilder:
                         self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids, in_loss)
 
     def special(self, token, count=1, in_loss=False):
-        self.append([special_id(self.tokenizer, token)] * count, in_loss)
+        self.append([special_id(self.tokenizer, token)] * count, in_loss, token == IMAGE_TOKEN)
         self.swallow = token in getattr(self.tokenizer, "swallowing", ())
 
     def start(self, role):
@@ -106,10 +117,13 @@ class PromptBuilder:
         first, *parts = text.split(PLACEHOLDER, len(tiles))             # further placeholders are plain text
         self.text(self.start("user") + first)
         for count, part in zip(tiles, parts):
-            self.special(IMAGE_OPEN)
-            self.special(IMAGE_TOKEN, count * self.tokens_per_tile)
-            self.special(IMAGE_CLOSE)
+            self.image(count * self.tokens_per_tile)
             self.text(part)
+
+    def image(self, count):
+        self.special(IMAGE_OPEN)
+        self.special(IMAGE_TOKEN, count)
+        self.special(IMAGE_CLOSE)
 
     def reply(self, answer):
         """End the user's turn and write the answer, which is in the loss; stop where it begins if it is None."""
@@ -119,8 +133,12 @@ class PromptBuilder:
             self.text(answer, in_loss=True)
             self.end(in_loss=True)
 
-    def append(self, ids, in_loss):
+    def close(self):
+        """Write what follows the last turn of a conversation: nothing."""
+
+    def append(self, ids, in_loss, image=False):
         self.prompt.ids += ids
+        self.prompt.images += [image] * len(ids)
         self.prompt.labels += ids if in_loss else [IGNORE_INDEX] * len(ids)
         self.prompt.positions += range(self.position, self.position + len(ids))
         self.prompt.branches += [self.branch] * len(ids)
@@ -139,13 +157,14 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     >>> write_page(tokenizer, 256, [7], [[("What is the date?", "January 8, 1993.")]])[0].ids[-2:]
     [13, 151645]
     """
-    builder, images = PromptBuilder(tokenizer, tokens_per_tile, template, system), iter(tiles)
+    builder_class, images = template.builder or PromptBuilder, iter(tiles)
+    builder = builder_class(tokenizer, tokens_per_tile, template, system, tiles)
     for question, answer in history:
         builder.question(question, images)
         builder.reply(answer)
     if tiles:
-        builder.question(question_start or "\n".join([PLACEHOLDER] * len(tiles)), images)
-        begins_with = "" if question_start else "\n"
+        builder.question(question_start or template.line.join([PLACEHOLDER] * len(tiles)), images)
+        begins_with = "" if question_start else template.line
     else:
         begins_with = builder.start("user")
     prompt, too_long = builder.prompt, []
@@ -158,6 +177,7 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
         for i, (question, answer) in enumerate(() if hopeless else turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
             builder.reply(answer)
+        hopeless or builder.close()
         if hopeless or max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in vars(prompt).values():
                 del column[begin:]
@@ -171,7 +191,8 @@ def write_conversation(tokenizer, tokens_per_tile, turns, template=TEMPLATES["He
     `turns`: (question, answer, number of tiles of each of its images); each image replaces the next "<image>" in the
     question; the model writes a last answer that is None. Raises InputError for fewer "<image>" than images.
     """
-    builder = PromptBuilder(tokenizer, tokens_per_tile, template)
+    builder_class, images = template.builder or PromptBuilder, [tiles for *_, tiles in turns]
+    builder = builder_class(tokenizer, tokens_per_tile, template, tiles=images)
     for question, answer, tiles in turns:
         if question.count(PLACEHOLDER) < len(tiles):
             raise InputError(f"{len(tiles)} images, but {question.count(PLACEHOLDER)} {PLACEHOLDER} in the question: "

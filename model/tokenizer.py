@@ -13,16 +13,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4             # kinds of pieces of a tokenizer.model
 
 
-def load_tokenizer(folder):
+def load_tokenizer(folder, specials=()):
     """The tokenizer of a model folder, a fast one of transformers. Raises InputError for files that cannot be read.
 
+    `specials`: pieces of a tokenizer.model that are special tokens, though its tokenizer_config.json does not say so.
     `tokenizer("")` has the ids that every prompt begins with; behind a token in its `swallowing` white space vanishes.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
     try:
         settings = folder / "tokenizer_config.json"
         if (folder / SENTENCEPIECE).is_file():
-            tokenizer = read_sentencepiece(folder, json.loads(settings.read_text(encoding="utf-8")))
+            tokenizer = read_sentencepiece(folder, json.loads(settings.read_text(encoding="utf-8")), specials)
         elif settings.is_file() and '"PreTrainedTokenizerFast"' in settings.read_text(encoding="utf-8"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
@@ -35,16 +36,18 @@ def load_tokenizer(folder):
                          "merges.txt, tokenizer.json, or tokenizer.model, and tokenizer_config.json") from error
 
 
-def read_sentencepiece(folder, settings):
+def read_sentencepiece(folder, settings, specials=()):
     """The BPE of a tokenizer.model (sentencepiece_model.proto): a piece's score is the rank of the merges that make it.
 
-    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed.
+    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed; nor can `specials`.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
     model = list(fields((folder / SENTENCEPIECE).read_bytes()))
     pieces = [dict(fields(value)) for number, value in model if number == 1]        # 1: text, 2: score, 3: kind
-    added = {int(index): token for index, token in settings["added_tokens_decoder"].items()}
+    added = {i: {"content": piece[1].decode(), "normalized": False, "special": True}
+             for i, piece in enumerate(pieces) if piece[1].decode() in specials}
+    added |= {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
     vocabulary, ranks, user = {}, {}, []
     for index, piece in enumerate(pieces):
         text, kind = piece[1].decode(), None if index in added else piece.get(3, NORMAL)

@@ -75,12 +75,13 @@ class Live(TorchDispatchMode):
 def page(config, tiles, questions=QUESTIONS):
     """A page of `tiles` tiles with a prefix of 42 tokens and some questions of 24 tokens, 6 of them learned."""
     prefix = 42 + tiles * config.tokens_per_tile
-    prompt = Prompt([IMAGE] * (prefix - 42) + [1] * 42, [-100] * prefix, list(range(prefix)), [0] * prefix)
+    prompt = Prompt([IMAGE] * (prefix - 42) + [1] * 42, [-100] * prefix, list(range(prefix)), [0] * prefix, [i < prefix - 42 for i in range(prefix)])
     for branch in range(1, questions + 1):
         prompt.ids += [1] * 24
         prompt.labels += [-100] * (24 - ANSWER) + [1] * ANSWER
         prompt.positions += range(prefix, prefix + 24)
         prompt.branches += [branch] * 24
+        prompt.images += [False] * 24
     side = config.vision.tile_pixels
     return SimpleNamespace(tiles=torch.zeros(tiles, 3, side, side, dtype=torch.uint8), prompt=prompt, answer_tokens=ANSWER * questions)
 

@@ -126,7 +126,7 @@ def example(model, tiles, questions, seed=0):
     pixels = torch.randint(0, 256, (tiles, 3, size, size), dtype=torch.uint8, generator=generator)
     asked = [f"What is number {i} of page {seed}?" for i in range(questions)]
     prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [tiles] if tiles else [], asked, [f"${seed}.{i}" for i in range(questions)])
-    prompt = PromptTensors.of(prompt, model.tokenizer)
+    prompt = PromptTensors.of(prompt)
     if torch.cuda.is_available():
         pixels, prompt.numbers = pixels.pin_memory(), prompt.numbers.pin_memory()
     return SimpleNamespace(tiles=pixels, prompt=prompt, answer_tokens=prompt.answer_tokens)

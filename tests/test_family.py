@@ -81,7 +81,7 @@ def test_published_configurations_give_the_published_tensors(tmp_path):
     ("InternVL3_5-8B", lambda c: c["llm_config"].update(architectures=["GptOssForCausalLM"], model_type="gpt_oss"), "nearest one that works is OpenGVLab/InternVL3_5-14B"),
     ("InternVL3_5-2B", lambda c: c.update(flash_mode=True), "Flash variant.*without -Flash"),
     ("InternVL3-1B", lambda c: c.update(model_type="internvl"), "take the model without -HF"),
-    ("internlm-xcomposer2-7b", lambda c: None, "take OpenGVLab/InternVL2-8B"),
+    ("internlm-xcomposer2-7b", lambda c: c.update(img_size=336), "4KHD and 2.5 are not supported"),
     ("InternVL2-8B", lambda c: c["llm_config"].update(bias=True), "llm_config.bias is True"),
     ("InternVL2-40B", lambda c: c["llm_config"].update(attention_bias=True), "llm_config.attention_bias is True"),
     ("InternVL3-1B", lambda c: c.update(pad2square=True), "pad2square is True"),

@@ -1,0 +1,230 @@
+"""InternLM-XComposer2: how little does another vision-language model need? An image tower, a projector, one more rule.
+
+    image -> 490 x 490 -> CLIP ViT-L/14 (1, 1225, 1024) -> projector (1, 1225, 4096) -> image tokens \\
+    questions --------------------------------------------> prompt (L) -> embedding (L, 4096) --- splice ---> InternLM2
+
+An image is one square, whatever its shape. Partial LoRA, low-rank weights beside five matrices of InternLM2, acts on
+image tokens only. Their places travel with the row; without any, as in decoding, nothing is computed.
+
+Source: InternLM-XComposer2 (arXiv 2401.16420), section 3; `modeling_internlm_xcomposer2.py`, `modeling_internlm2.py`
+and `build_mlp.py` beside the weights; openai/clip-vit-large-patch14-336.
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from model import language
+from model.config import SUPPORTED, VISION, Config, LanguageConfig, VisionConfig, numbers, read_language
+from model.internvl import InternVL
+from model.layers import LayerNorm, Linear
+from model.prompt import PromptBuilder, Template
+from model.vision import VisionEncoder
+
+# ------------------------------------------------------------------------------------------------------- vision encoder
+
+
+class Attention(nn.Module):
+    """Every patch attends to every patch of its image."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.query, self.key, self.value, self.out = (Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, x):                                                           # (N, 1226, D)
+        q, k, v = (rearrange(layer(x), "n l (h d) -> n h l d", h=self.heads)
+                   for layer in (self.query, self.key, self.value))
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> n l (h d)"))
+
+
+class VisionBlock(nn.Module):
+    """(N, 1226, D) -> (N, 1226, D): attention, then the MLP with QuickGELU, each with a norm before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = LayerNorm(config.width, config.norm_eps)
+        self.mlp_up = Linear(config.width, config.mlp_width)
+        self.mlp_down = Linear(config.mlp_width, config.width)
+
+    def forward(self, x):
+        x = x + self.attention(self.attention_norm(x))
+        y = self.mlp_up(self.mlp_norm(x))
+        return x + self.mlp_down(y * torch.sigmoid(1.702 * y))
+
+
+class ClipEncoder(VisionEncoder):
+    """uint8 images (N, 3, 490, 490) -> (N, 1225, 1024): the last block's output, without the class token."""
+    block_class = VisionBlock
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patch = nn.Conv2d(3, config.width, config.patch_pixels, stride=config.patch_pixels, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(config.width))
+        self.position = nn.Parameter(torch.zeros(1 + config.grid ** 2, config.width))
+        self.pre_norm = LayerNorm(config.width, config.norm_eps)
+
+
+def stretch(table, rows):
+    """A position table (1 + n * n, D) with `rows` rows, for images of another size: bicubic, in float32."""
+    if len(table) == rows or (side := math.isqrt(max(len(table) - 1, 1))) ** 2 != len(table) - 1:
+        return table
+    grid = rearrange(table[1:].float(), "(h w) d -> 1 d h w", h=side)
+    grid = F.interpolate(grid, [math.isqrt(rows - 1)] * 2, mode="bicubic")
+    return torch.cat([table[:1].float(), rearrange(grid, "1 d h w -> (h w) d")])
+
+
+class Projector(nn.Module):
+    """(N, 1225, 1024) -> (N, 1225, 4096)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = Linear(config.vision.width, config.language.width)
+        self.out = Linear(config.language.width, config.language.width)
+
+    def forward(self, patches):
+        return self.out(F.gelu(self.up(patches)))
+
+
+# ------------------------------------------------------------------------------------------------------ language model
+
+class PartialLoRA(nn.Module):
+    """What is added to a layer's output at image tokens: B A x. Several layers that read the same x share A."""
+
+    def __init__(self, config, width_in, *widths_out):
+        super().__init__()
+        self.scale = config.partial_alpha / config.partial_rank
+        self.a = Linear(width_in, config.partial_rank, bias=False)
+        self.b = nn.ModuleList(Linear(config.partial_rank, width, bias=False) for width in widths_out)
+
+    def forward(self, x, images, *outputs):
+        """x (L, in), `images` (L, 1), 1 at image tokens and else 0, or None -> the layers' outputs, each (L, out)."""
+        if images is None:
+            return outputs
+        x = F.dropout(x, 0.05, self.training and self.a.weight.requires_grad)   # as published; not while it is frozen
+        low = self.a(x) * images * self.scale
+        return tuple(y + b(low) for y, b in zip(outputs, self.b))
+
+
+def image_mask(x, row):
+    """(L, 1) of the dtype of x: 1 at the image tokens of a row, else 0; None where it has none."""
+    return None if row.images is None else x.new_zeros(len(x), 1).index_fill(0, row.images, 1)
+
+
+class PartialAttention(language.Attention):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        own, shared = config.heads * config.head_width, config.kv_heads * config.head_width
+        self.partial_qkv = PartialLoRA(config, config.width, own, shared, shared)
+        self.partial_out = PartialLoRA(config, own, config.width)
+
+    def qkv(self, x, row):
+        return self.partial_qkv(x, image_mask(x, row), *super().qkv(x, row))
+
+    def forward(self, x, row):
+        seen = self.look(x, row)
+        return self.partial_out(seen, image_mask(x, row), self.out(seen))[0]
+
+
+class PartialBlock(language.Block):
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.attention = PartialAttention(config, layer)
+        self.partial_gate, self.partial_up = (PartialLoRA(config, config.width, config.mlp_width) for _ in range(2))
+        self.partial_down = PartialLoRA(config, config.mlp_width, config.width)
+
+    def forward(self, x, row, rows=slice(None)):
+        images = image_mask(x, row)
+        images = images if images is None else images[rows]
+        x = (x + self.attention(self.attention_norm(x), row))[rows]
+        y = self.mlp_norm(x)
+        [gate], [up] = self.partial_gate(y, images, self.mlp_gate(y)), self.partial_up(y, images, self.mlp_up(y))
+        y = F.silu(gate) * up
+        return x + self.partial_down(y, images, self.mlp_down(y))[0]
+
+
+class PartialDecoder(language.Decoder):
+    block_class = PartialBlock
+
+
+# -------------------------------------------------------------------------------------------------------------- prompt
+
+class Builder(PromptBuilder):
+    """Writes nothing around an image. The text behind it begins with "<s>" again, except in training."""
+    again = True
+
+    def image(self, count):
+        self.append([0] * count, False, image=True)
+
+    def append(self, ids, in_loss, image=False):
+        # an image at position 6 is entry 6 of the row: branches have none
+        if self.again and ids and not image and self.position and self.prompt.images[self.position - 1]:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        super().append(ids, in_loss, image)
+
+
+class SampleBuilder(Builder):
+    """A conversation for training: it ends with "</s>", which is in the loss, as is the end of the line before it."""
+    again = False
+
+    def close(self):
+        self.prompt.labels[-1] = self.prompt.ids[-1]
+        self.special("</s>", in_loss=True)
+
+
+NAME = "InternLM-XComposer (浦语·灵笔)"
+SYSTEM = (
+    f"You are an AI assistant whose name is {NAME}.\n"
+    f"- {NAME} is a {{}}conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    f"- {NAME} can understand and communicate fluently in the language chosen by the user such as English and 中文.")
+SYSTEM_VL = SYSTEM.format("multi-modality ") + (
+    f"\n- {NAME} is capable of comprehending and articulating responses effectively based on the provided image.")
+TEMPLATE = Template(
+    SYSTEM.format(""), start="[UNUSED_TOKEN_146]", end="[UNUSED_TOKEN_145]", gap="\n", line="", place="<ImageHere>",
+    stops=("</s>",), text_begin=("<s>",), builder=Builder)
+SAMPLE = replace(TEMPLATE, system=None, strip=True, text_begin=(), builder=SampleBuilder)
+
+
+# ------------------------------------------------------------------------------------------------- model, configuration
+
+class XComposer2(InternVL):
+    vision_class, projector_class, decoder_class = ClipEncoder, Projector, PartialDecoder
+
+
+@dataclass(frozen=True)
+class PartialConfig(LanguageConfig):
+    partial_rank: int = 256             # B A is scaled by alpha / rank
+    partial_alpha: int = 256
+
+
+class XComposer2Config(Config):
+    model_class, tiled, repetition_penalty = XComposer2, False, 1.005
+
+
+# published sizes, which the published config.json lacks
+CLIP = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+        "patch_size": 14, "layer_norm_eps": 1e-5}
+
+
+def read_config(official):
+    """The Config of an official config.json of VL-7B (490 pixels) or 7B (224). Raises ValueError."""
+    size, bias, dtype = (official.get(key) for key in ("img_size", "bias", "torch_dtype"))
+    if size not in (490, 224) and "vision_config" not in official or bias or dtype not in SUPPORTED[""]["torch_dtype"]:
+        raise ValueError(f"img_size is {size}, bias {bias}, torch_dtype {dtype}; 4KHD and 2.5 are not supported, take "
+                         "internlm/internlm-xcomposer2-vl-7b")
+    vision = CLIP | official.get("vision_config", {}) | {"image_size": size}
+    decoder = read_language(official | {"architectures": ["InternLM2ForCausalLM"]})
+    partial = numbers({"plora_rank": 256, "plora_alpha": 256} | official, {
+        "partial_rank": ("plora_rank", 16_384), "partial_alpha": ("plora_alpha", 16_384)})
+    return XComposer2Config(
+        VisionConfig(**numbers(vision, VISION), mean=(0.48145466, 0.4578275, 0.40821073),
+                     deviation=(0.26862954, 0.26130258, 0.27577711)),
+        PartialConfig(**vars(decoder) | partial | {"decoder": "XComposer2"}), shuffle=1, thumbnail=False,
+        max_tiles=1, stored_dtype=dtype,
+        template=replace(TEMPLATE, sample=SAMPLE, system=TEMPLATE.system if size == 224 else SYSTEM_VL))

@@ -233,7 +233,6 @@ class Page:
     system: str | None = None                                   # as in `write_page`
     history: list = field(default_factory=list)
     question_start: str | None = None
-    lead: str = ""                                              # images that begin a question, as a file has them
     max_tiles: int | None = None                                # if different from --max-tiles
     augment: bool = False                                       # compress its images as JPEG, anew in each epoch
 
@@ -290,8 +289,7 @@ def open_page(row, key, instruction):
     instruction = row.get("instruction", INSTRUCTION) if instruction is None else instruction
     if "turns" not in row:
         return Page("/".join(map(str, key[1:])), [image_bytes(row)], key=hash(key), instruction=instruction)
-    more = {name: row[name] for name in ("system", "history", "question_start", "lead", "max_tiles", "augment")
-            if name in row}
+    more = {name: row[name] for name in ("system", "history", "question_start", "max_tiles", "augment") if name in row}
     return Page(row["place"], list(row["images"]), key=hash(key), instruction=instruction, **more)
 
 
@@ -476,28 +474,18 @@ class PageDataset(Dataset):
         For training every conversation is a branch. With `asked`, indices of questions, each of them is a branch of its
         own behind the turns before it, and its answer is left open.
         """
-        chains = []
-        for i in range(len(page.questions)):
-            if i in page.follows:
-                chains[-1].append(i)
-            else:
-                chains.append([i])
+        begins = [i for i in range(len(page.questions)) if i not in page.follows]
+        chains = [list(range(*ends)) for ends in itertools.pairwise([*begins, len(page.questions)])]
         if asked is not None:
             chains = [chain[:n + 1] for chain in chains for n, i in enumerate(chain) if i in asked]
-        template = asked is None and self.config.template.sample or self.config.template
-        strip, asked, start, lead = template.strip and asked is None, asked is not None, page.question_start, ""
-        if start is None and page.lead and not template.line:           # as written: no line of its own for an image
-            start, lead = re.fullmatch("(.*<image>)(.*)", page.lead, re.DOTALL).groups()
-
-        def tidy(text, whole=True):                                     # a turn, or what follows the start of one
-            return text if not strip else text.strip() if whole else text.rstrip()
-
-        branches = [[(tidy(lead * (i == chain[0]) + page.questions[i] + page.instruction, not start or i != chain[0]),
+        tidy, asked = str.strip if self.config.template.strip and asked is None else str, asked is not None
+        behind = str.rstrip if page.question_start and tidy is str.strip else tidy      # an image inside a question
+        branches = [[((tidy if i in page.follows else behind)(page.questions[i] + page.instruction),
                       None if asked and i == chain[-1] else tidy(page.answers[i])) for i in chain] for chain in chains]
-        history, start = [(tidy(question + page.instruction), tidy(answer)) for question, answer in page.history
-                          ], start and tidy(start)
-        prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
-                                      self.max_length, page.system, history, start, template)
+        history = [(tidy(question + page.instruction), tidy(answer)) for question, answer in page.history]
+        prompt, left_out = write_page(
+            self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length, page.system, history,
+            tidy(page.question_start or ""), self.config.template)
         return prompt, [i for n in left_out for i in (chains[n][-1:] if asked else chains[n])]
 
     def size(self, page):

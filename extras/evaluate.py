@@ -31,7 +31,7 @@ from model.chat import describe
 from model.checkpoint import checksum, write_text
 from model.errors import InputError, warn
 from model.generate import generate
-from model.prompt import PLACEHOLDER
+from model.prompt import OTHER_PLACE, PLACEHOLDER
 from model.tokenizer import TOKENIZER_FILES, clean
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "seed", "repetition_penalty")   # the settings of `generate`
@@ -159,8 +159,8 @@ def page_keys(page, content):
     images, keys, before = [content(image) for image in page.images], [], []
     for i, question in enumerate(page.questions):
         before = before if i in page.follows else []
-        all_of_it = [images, page.system, page.history, page.question_start, page.lead, page.instruction,
-                     page.max_tiles, page.augment and page.name, before, question]
+        all_of_it = [images, page.system, page.history, page.question_start, page.instruction, page.max_tiles,
+                     page.augment and page.name, before, question]
         keys.append(None if None in images else hashlib.sha256(json.dumps(all_of_it).encode()).hexdigest()[:16])
         before = [*before, (question, page.answers[i])]
     return keys
@@ -245,6 +245,7 @@ def question_pages(asked):
     """
     pages, open_pages = [], {}
     for number, question, images in asked:
+        question = question.replace(OTHER_PLACE, PLACEHOLDER)
         key = *images, question if images and PLACEHOLDER in question else None
         if key not in open_pages or open_pages[key].full:
             open_pages[key] = Page(", ".join(images) or question[:60], images)
@@ -294,8 +295,7 @@ def answer_questions(model, asked, path=None, batch=1, allow_private=False, max_
     keys = [page_keys(Page("", images, [question], [""]), content)[0] if path else None for question, images in asked]
     lines = {number: earlier[key] | {"images": asked[number][1]} for number, key in enumerate(keys) if key in earlier}
     waiting = deque(number for number in range(len(asked)) if number not in lines)
-    place, left = model.config.template.place, ((number, *asked[number]) for number in waiting)
-    kept, pages = len(lines), question_pages((i, text.replace(place, PLACEHOLDER), images) for i, text, images in left)
+    kept, pages = len(lines), question_pages((number, *asked[number]) for number in waiting)
     examples = make_examples(model, pages, QuestionDataset(model, max_tiles, None, allow_private))
     with path.open("a", encoding="utf-8") if path else contextlib.nullcontext() as file:
         if path:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from model.errors import InputError
-from model.prompt import PLACEHOLDER
+from model.prompt import OTHER_PLACE, PLACEHOLDER
 
 EXPECTED = "expected JSON lines, a JSON list or a mixture file; of parquet files give the folder, in the Hub's layout"
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PARTS = {"text": "{}", "image": "<img>{}</img>", "image_url": "<img>{}</img>"}      # of a turn, by their "type"
-PLACES = re.compile(r"<img>(.*?)</img>|<image>|<ImageHere>", re.DOTALL)
+PLACES = re.compile(rf"<img>(.*?)</img>|{PLACEHOLDER}|{OTHER_PLACE}", re.DOTALL)
 # what other programs write for a place, or for a box of the key "objects"
 OTHER_PLACES = re.compile(r"<(?!image>)(?i:\|?image[ _-]?\d*(?:_pad|_placeholder)?\|?|(?:img|picture|photo)[ _-]?\d+"
                           r"|ref-object|bbox)>")
@@ -143,8 +143,7 @@ def read_entry(entry):
     """One entry of a file in any of FORMATS -> a row. Raises InputError for what is wrong with it.
 
     Row: `turns`, (question, answer) pairs; `images`, as they are written; `system`, its turn's text or None; `history`
-    and `question_start` as in `write_page`; `lead`, the images that begin it, as written; what scores and predictions
-    need. A last answer that is missing is empty.
+    and `question_start` as in `write_page`; what scores and predictions need. A last answer that is missing is empty.
     """
     if isinstance(entry, list):
         entry = {"conversations": [entry] if entry and isinstance(entry[0], str) else entry}
@@ -168,7 +167,6 @@ def read_entry(entry):
         raise
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{type(error).__name__}: {error}; expected a row of the format with the key {key}") from error
-    lead = re.match(r"\s*((<image>\s*)*)", PLACES.sub(PLACEHOLDER, turns[0][0]))[1]
     images, turns = place_images(turns, images, first=-1 if key in IMAGES_LAST else 0)
     history, question_start, rest = images_first(turns)
     ids = (entry.get(name) for name in ("questionId", "question_id", "id"))
@@ -176,7 +174,7 @@ def read_entry(entry):
     accepted = accepted_answers(entry) if key == "question" else None
     refuse_unread(entry, entry.read, images=images)
     return {"turns": rest, "images": images, "system": system, "history": history, "question_start": question_start,
-            "lead": lead, "accepted": accepted, "instruction": "",
+            "accepted": accepted, "instruction": "",
             "question_types": types if isinstance(types, list) else [str(types)],
             "questionId": next((name for name in ids if name is not None), None)}
 

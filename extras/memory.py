@@ -57,7 +57,7 @@ def saved_gb(model, tiles):
 
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
-                           template=model.config.template.sample or model.config.template)
+                           template=model.config.template)
     counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])

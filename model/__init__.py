@@ -9,5 +9,6 @@ Letters in shape comments; README.md beside this file explains the words:
 """
 from model.errors import InputError
 from model.internvl import InternVL
+from model.xcomposer2 import XComposer2
 
-__all__ = ["InputError", "InternVL"]
+__all__ = ["InputError", "InternVL", "XComposer2"]

@@ -19,7 +19,7 @@ from model.errors import InputError
 from model.generate import generate
 from model.images import load_image
 from model.language import KVCache
-from model.prompt import MARKUP, PLACEHOLDER, Prompt, write_conversation
+from model.prompt import MARKUP, OTHER_PLACE, PLACEHOLDER, Prompt, write_conversation
 from model.tiling import choose_grid, tile_page
 
 
@@ -148,7 +148,7 @@ class Chat:
         shown = [self.picture(image, i) for i, image in enumerate(images, len(self.pictures) + 1)]
         turn = Turn(question, None, self.waiting + shown)
         template = self.model.config.template
-        turn.question = question.replace(template.place, PLACEHOLDER)
+        turn.question = question.replace(OTHER_PLACE, PLACEHOLDER)
         if PLACEHOLDER not in turn.question:
             places = (f"{picture.label}{PLACEHOLDER}{template.line}" for picture in turn.pictures)
             turn.question = "".join(places) + question

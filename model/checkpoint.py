@@ -20,6 +20,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,7 @@ from model.names import PARTS, file_names, join_rows, official_name, part_of, sp
 from model.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 WEIGHTS, CONFIG, SETTINGS, CHECKPOINTS = "model.safetensors", "config.json", "settings.json", "checkpoints"
-BINARY, BINARY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"          # where there are no safetensors
+BINARY, BINARY_INDEX, BINARY_SHARDS = "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"
 INDEX, SHARDS, SHARD_BYTES = "model.safetensors.index.json", "model-*-of-*.safetensors", 5 * 10 ** 9
 BESIDE_WEIGHTS = (                      # the other files of a model folder, for us and for the official code
     CONFIG, "generation_config.json", "preprocessor_config.json", *TOKENIZER_FILES,
@@ -39,6 +40,7 @@ BESIDE_WEIGHTS = (                      # the other files of a model folder, for
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 MOST_HEADER = 100_000_000               # bytes of the header of a safetensors file, the format's own limit
 TINY = Path(__file__).parent / "tiny"
+RESIZED = {}                            # (decoder, our name) -> makes a table of another size fit, see xcomposer2.py
 LORA_SCALE = 2.0                        # of the folders that the official LoRA script leaves: alpha is twice the rank
 
 
@@ -92,9 +94,8 @@ def download_weights(name, folder):
         warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that "
              "in float32; train.py prints what a step takes")
     folder = download(name, (WEIGHTS, INDEX, SHARDS))
-    if any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
-        return folder
-    return download(name, (BINARY, BINARY_INDEX, "pytorch_model-*-of-*.bin"))
+    safe = any(folder.glob("model*.safetensors"))
+    return folder if safe else download(name, (BINARY, BINARY_INDEX, BINARY_SHARDS))
 
 
 def about_parameters(config):
@@ -183,19 +184,26 @@ def fingerprint(folder, overlays=(), without=()):
     Of the weights, also those of the overlays: the header of each file and the first 4 kB of each tensor.
     """
     files = [folder / name for name in (CONFIG, *TOKENIZER_FILES)]
-    files += () if {*PARTS} <= {*without} else sorted(folder.glob("model*.safetensors"))
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files += () if {*PARTS} <= {*without} else weights
     for path, *_ in overlays:
         files += sorted(path.glob("adapter_*")) if path.is_dir() else [path]
     total = hashlib.sha256()
     for path in filter(Path.is_file, files):
-        for part in (path.name.encode(), *(parts_of(path) if path.suffix == ".safetensors" else [path.read_bytes()])):
+        whole = path.suffix not in (".safetensors", ".bin")
+        for part in (path.name.encode(), *([path.read_bytes()] if whole else parts_of(path))):
             total.update(part)
     return total.hexdigest()[:16]
 
 
 def parts_of(path):
-    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less. Of a .bin file,
+    the checksums that it holds.
+    """
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, BadZipFile):
+        if path.suffix == ".bin":
+            yield repr([(part.filename, part.CRC) for part in ZipFile(path).infolist()]).encode()
+            return
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             yield (header := file.read(min(size, MOST_HEADER)))
@@ -252,7 +260,7 @@ def load(model, folder, overlays, without=(), device=None, dtype=None):
     if buffers := [name for name, _ in model.named_buffers()]:          # built on the meta device: without values
         raise InputError(f"{', '.join(buffers)}: no place for buffers; make it a parameter, or compute it in forward")
     model.requires_grad_(False).eval()
-    model.tokenizer = load_tokenizer(folder, (model.config.template.start, model.config.template.end))
+    model.tokenizer = load_tokenizer(folder)
     if len(model.tokenizer) > model.config.language.vocabulary:
         raise InputError(f"{folder}: its tokenizer has {len(model.tokenizer)} tokens, its config.json a vocab_size of "
                          f"{model.config.language.vocabulary}; they belong to different models")
@@ -287,13 +295,9 @@ def device_memory(device):
 
 def weight_files(folder):
     """The paths of a folder's weights: one, or those that its index names. Raises InputError."""
-    for one, index in ((WEIGHTS, folder / INDEX), (BINARY, folder / BINARY_INDEX)):
-        if (folder / one).is_file():
-            return [folder / one]
-        if index.is_file():
-            break
-    else:
-        return [folder / WEIGHTS]
+    names = [name for name in (WEIGHTS, INDEX, BINARY, BINARY_INDEX) if (folder / name).is_file()] or [WEIGHTS]
+    if not (index := folder / names[0]).name.endswith(".json"):
+        return [index]
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
@@ -312,13 +316,13 @@ def read(folder, wanted, language, device, dtype, skip=()):
     """
     holds, tensors, stored, files, adapters = file_names(wanted, language.decoder), {}, {}, {}, {}
     trouble = {"missing": [], "unexpected": [], "duplicate": [], "wrong shape": [], "wrong dtype": []}
-    for path, name, part in tensors_of(paths := weight_files(folder), skip):
+    for path, name, shape, kind, part in tensors_of(weight_files(folder), skip):
         plain = name.replace(".base_model.model", "").replace(".base_layer.", ".").replace(".default.", ".")
-        ours, shape, kind = holds.get(plain, ()), tuple(part.get_shape()), part.get_dtype()
+        ours = holds.get(plain, ())
         rows = [len(wanted[one]) for one in ours]
-        if language.decoder == "XComposer2" and ours == ["vision.position"] and len(shape) == 2:
-            from model.xcomposer2 import stretch
-            shape = (part := Piece(stretch(part[:], rows[0]))).get_shape()          # CLIP's own, of another size
+        if shape and (resize := RESIZED.get((language.decoder, *ours))):
+            part = resize(part[:], rows[0])
+            shape = tuple(part.shape)
         if ".lora_" in plain:
             adapters[plain] = part[:]
         elif not ours:
@@ -342,46 +346,41 @@ def read(folder, wanted, language, device, dtype, skip=()):
         raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
                          f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}"
                          + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
-    return tensors, stored, {} if adapters or paths[0].suffix == ".bin" else files, adapters
+    return tensors, stored, {} if path.suffix == ".bin" else files, adapters
 
 
-class Piece:
-    """A tensor of a .bin file, with the methods of safetensors' slices."""
-
-    def __init__(self, tensor):
-        self.tensor, names = tensor.detach(), {dtype: name for name, dtype in STORED_DTYPES.items()}
-        self.get_shape, self.get_dtype = lambda: tensor.shape, lambda: names.get(tensor.dtype, str(tensor.dtype))
-
-    def __getitem__(self, part):
-        return self.tensor[part]
-
-
-def read_binary(path):
-    """{name: Piece} of a .bin file; no code in it is run. Raises InputError."""
+def tensors_of_binary(path, skip):
+    """`tensors_of` a .bin file; no code in it is run. Raises InputError."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if odd := [name for name, tensor in found.items() if not isinstance(name, str) or not isinstance(
-                tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu"]:
-            raise ValueError(f"{str(odd[0])[:60]!r} is not a tensor with values")
+        for name, part in found.items():
+            if not (isinstance(name, str) and isinstance(part, torch.Tensor) and part.ndim
+                    and part.layout == torch.strided and part.device.type == "cpu"):
+                raise ValueError(f"{str(name)[:60]!r} is not a tensor with values")
     except Exception as error:                  # what torch.load raises for a broken file has no common class
         code = isinstance(error, pickle.UnpicklingError)
         reason = "refused, it holds more than tensors and could run code" if code else "not a whole file of weights"
         raise InputError(f"{path}: {reason} ({' '.join(str(error).split())[-200:] or type(error).__name__}); download "
                          "or copy the published file again") from error
-    # without the buffers that older versions of transformers stored
-    return {name: Piece(tensor) for name, tensor in found.items() if not name.endswith((".position_ids", ".inv_freq"))}
+    kinds = {dtype: kind for kind, dtype in STORED_DTYPES.items()}
+    for name, part in found.items():            # without the buffers that older versions of transformers stored
+        if part_of(name) not in skip and not name.endswith((".position_ids", ".inv_freq")):
+            yield path, name, tuple(part.shape), kinds.get(part.dtype, str(part.dtype)), part.detach()
 
 
 def tensors_of(paths, skip):
-    """Yield (path, name, slice of the tensor) of weight files, without the parts `skip`. Raises InputError."""
+    """Yield (path, name, shape, dtype's name, tensor or slice) of weight files, without the parts `skip`. Raises
+    InputError.
+    """
     for path in paths:
         if path.suffix == ".bin":
-            yield from ((path, name, piece) for name, piece in read_binary(path).items())
+            yield from tensors_of_binary(path, skip)
             continue
         try:
             with safe_open(path, framework="pt") as file:
                 for name in (name for name in file.keys() if part_of(name) not in skip):
-                    yield path, name, file.get_slice(name)
+                    part = file.get_slice(name)
+                    yield path, name, tuple(part.get_shape()), part.get_dtype(), part
         except FileNotFoundError as error:
             raise InputError(f"{path}: not found; a model folder holds its weights in {WEIGHTS}, or in files named by "
                              f"{INDEX}") from error
@@ -454,7 +453,7 @@ def save(model, folder):
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        new = config | ({"max_dynamic_patch": model.config.max_tiles} if model.config.tiled else {})  # others cut by it
+        new = config | {"max_dynamic_patch": model.config.max_tiles}                            # others cut pages by it
         new |= {key: 0 for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)}     # merged now
         if new != config:
             write_text(folder / CONFIG, json.dumps(new, indent=2) + "\n")

@@ -10,8 +10,7 @@ from pathlib import Path
 from model.errors import InputError
 from model.prompt import TEMPLATES, Template, read_template
 
-# mean and standard deviation of ImageNet's colors, RGB: InternViT was trained on pixels normalized with them
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+READERS = {}                            # model_type -> reads the config.json of another model, see xcomposer2.py
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,6 @@ class VisionConfig:
     rms_norm: bool = False              # RMSNorm instead of LayerNorm in the blocks
     qk_norm: bool = False               # queries and keys are normalized, all heads as one vector
     qkv_bias: bool = True
-    mean: tuple = IMAGENET_MEAN
-    deviation: tuple = IMAGENET_STD
 
     @property
     def grid(self):                     # patches along a side of a tile: 448 / 14 = 32
@@ -78,7 +75,7 @@ class Config:
     max_tiles: int = 12                 # most tiles of a page when the model was trained, the thumbnail not counted
     stored_dtype: str = "bfloat16"      # of a checkpoint written from scratch
     template: Template = TEMPLATES["Hermes-2"]
-    # what another model has otherwise: its class (None: InternVL), whether images are tiled, a penalty (see `generate`)
+    # of another model: its class (None: InternVL), whether images are tiled, and the penalty of `generate`
     model_class, tiled, repetition_penalty = None, True, 1.0
 
     @property
@@ -103,9 +100,8 @@ class Config:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error}); expected the model's official config.json") from error
         try:
-            if official.get("model_type") == "internlmxcomposer2":
-                from model.xcomposer2 import read_config
-                return read_config(official)
+            if official.get("model_type") in READERS:
+                return READERS[official["model_type"]](official)
             if not (wrong := unsupported(official)):
                 vision, language = official["vision_config"], official["llm_config"]
                 return cls(VisionConfig(**numbers(vision, VISION), rms_norm=vision["norm_type"] == "rms_norm",

@@ -33,8 +33,8 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     `temperature`: 0 takes the likeliest token; else a token is drawn from the likeliest ones that have probability
     `top_p` together. Each question has its own generator of `seed`, so its answer does not depend on the others.
     `image_tokens`: (256 N, D) of all tiles, if `model.encode_images` was called already.
-    `caches`: one KVCache per page; tokens in it are not read again, new ones are appended. `whole`: then the prompts
-    with what the caches hold. `repetition_penalty`: see `penalize`; None: the model's own.
+    `caches`: one KVCache per page; tokens in it are not read again, new ones are appended. `whole`: the prompts with
+    what the caches hold. `repetition_penalty`: see `penalize`; None: the model's own.
     """
     template, penalty = model.config.template, repetition_penalty or model.config.repetition_penalty
     ends = {special_id(model.tokenizer, token) for token in (template.end, *template.stops)}
@@ -43,16 +43,16 @@ def generate(model, pages, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, i
     logits = prefill(model, pages, questions, max_new_tokens, image_tokens, caches)
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in questions] if temperature else questions
     running = list(range(len(questions)))                               # indices of the questions that have not ended
-    written = [penalized(question, (whole or [prompt for _, prompt in pages])[question.page], template)
-               for question in questions] if penalty != 1 else []
+    prompts = whole or [prompt for _, prompt in pages]
+    written = [ids_so_far(prompts[question.page], question.branch) for question in questions]
     for _ in range(max_new_tokens):
         low, high = logits.float().aminmax(dim=-1)
         if not ((high > low) & (high - low).isfinite()).all():      # equal: where a norm's mean square overflowed
             raise InputError("no answer: the logits are not finite, or all equal; the weights are damaged")
-        logits = penalize(logits.float(), [written[i] for i in running], penalty) if written else logits.float()
+        logits = penalize(logits.float(), [written[i] for i in running], penalty)
         tokens = sample(logits, temperature, top_p, [generators[i] for i in running])
         step = dict(zip(running, tokens.tolist()))
-        for i in running if written else ():
+        for i in running:
             written[i].add(step[i])
         yield [step.get(i) for i in range(len(questions))]
         going_on = [n for n, i in enumerate(running) if step[i] not in ends]
@@ -74,17 +74,15 @@ def open_questions(pages):
     return questions
 
 
-def penalized(question, prompt, template):
-    """The ids that count as written at first: those of XComposer2's prompts without images. Else official code hands
-    over embeddings, so the penalty knows none."""
-    text_alone = template.text_begin and not any(prompt.images)
-    return {i for i, branch in zip(prompt.ids, prompt.branches) if text_alone and branch in (0, question.branch)}
+def ids_so_far(prompt, branch):
+    """The ids of a prompt that count for the penalty. With images none: official code hands over vectors, not ids."""
+    return {i for i, of in zip(prompt.ids, prompt.branches) if of in (0, branch)} if not any(prompt.images) else set()
 
 
 def penalize(logits, written, penalty):
     """float32 logits (questions, V): of the ids in `written`, one set per question, a logit above 0 is divided by
     `penalty`, one below multiplied. Source: CTRL (arXiv 1909.05858), section 4.1."""
-    for row, ids in zip(logits, written):
+    for row, ids in zip(logits, written) if penalty != 1 else ():
         ids = torch.tensor(sorted(ids), dtype=torch.long, device=logits.device)
         row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
     return logits

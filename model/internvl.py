@@ -57,14 +57,13 @@ class Batch:
 
 class InternVL(nn.Module):
     """The model with its `tokenizer`; it computes in `dtype` on `device`."""
-    vision_class, projector_class, decoder_class = VisionEncoder, Projector, Decoder
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vision = self.vision_class(config.vision)
-        self.projector = self.projector_class(config)
-        self.language = self.decoder_class(config.language)
+        self.vision = VisionEncoder(config.vision)
+        self.projector = Projector(config)
+        self.language = Decoder(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
         # cuDNN's attention, torch's first choice on Hopper and Blackwell, plans 23 to 37 ms for every new number of
@@ -172,6 +171,5 @@ class InternVL(nn.Module):
             x = x.index_copy(0, batch.image_index, image_tokens)                # image tokens take their places
         caches = caches or [None] * len(batch.branches)
         pages = [page_mask(*page) for page in zip(batch.branches, caches, batch.spans)]
-        images = batch.image_index if len(batch.tiles) else None
-        x = self.language(x, batch.positions, pages, batch.answer_index, images)        # (A, D)
+        x = self.language(x, batch.positions, pages, batch.answer_index, batch.image_index)     # (A, D)
         return self.language.lm_head(x)                                         # (A, V)

@@ -140,7 +140,7 @@ class Row:
     cos: torch.Tensor                   # (L, head width), of every token's rotary angles
     sin: torch.Tensor
     pages: list[PageMask]
-    images: torch.Tensor | None = None  # int64 (256 N,): which tokens are image tokens; None where there are none
+    images: torch.Tensor | None = None  # int64 (256 N,): which of the tokens are image tokens, for other models
 
 
 class Attention(nn.Module):
@@ -154,23 +154,21 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.out = Linear(config.heads * config.head_width, config.width, bias=False)
 
-    def qkv(self, x, row):                                      # (L, D) -> (L, H d), (L, K d), (L, K d)
-        return self.query(x), self.key(x), self.value(x)
-
     def project(self, x, row):                                  # (L, D) -> rotated (H, L, d), (K, L, d), and (K, L, d)
-        q, k, v = (rearrange(part, "l (h d) -> h l d", d=self.head_width) for part in self.qkv(x, row))
+        q, k, v = (rearrange(layer(x), "l (h d) -> h l d", d=self.head_width)
+                   for layer in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)                                 # over each head alone
         return apply_rotary(q, row.cos, row.sin), apply_rotary(k, row.cos, row.sin), v
 
-    def look(self, x, row):                                     # (L, D) -> (L, H d), the heads' outputs
+    def forward(self, x, row):                                                      # (L, D)
+        return self.out(self.heads(x, row))                                         # (L, D)
+
+    def heads(self, x, row):                                    # (L, D) -> (L, H d), what each head has seen
         q, k, v = self.project(x, row)
         tokens = [page.tokens for page in row.pages]
         split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), row.pages)
         seen = [self.attend(*qkv, page) for *qkv, page in split]
         return rearrange(torch.cat(seen, dim=2), "1 h l d -> l (h d)")
-
-    def forward(self, x, row):                                                      # (L, D) -> (L, D)
-        return self.out(self.look(x, row))
 
     def attend(self, q, k, v, page):
         """One page: q (H, n, d), k and v (K, n, d) of its new tokens -> (1, H, n, d)."""
@@ -211,13 +209,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    block_class = Block
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(self.block_class(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)          # never tied to the embedding
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass

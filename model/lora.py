@@ -61,8 +61,7 @@ def target_layers(model, targets):
     """{name: Linear} of the layers in `targets`, a comma-separated list of names in TARGETS."""
     pattern = "|".join(TARGETS[target] for target in targets.split(","))
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, Linear) and re.fullmatch(pattern, name)
-            and not re.search(r"\.(adapter|partial)", name)}
+            if isinstance(module, Linear) and re.fullmatch(pattern, name) and ".adapter." not in name}
 
 
 def add_adapters(model, rank=16, alpha=32, dropout=0.05, targets="llm", seed=0):
@@ -140,13 +139,12 @@ def our_layers(found, model):
     """
     language, weights, found = model.config.language, dict(model.named_parameters()), dict(found)
     for name, ours in file_names(weights, language.decoder).items():
-        rows, (layer, _, end) = [len(weights[one]) for one in ours], name.rpartition(".")
-        for ending in ("weight", "lora_A.weight", "lora_B.weight") if end == "weight" else (end,):
-            if (tensor := found.pop(f"{layer}.{ending}", None)) is not None:
-                cut = ending != "lora_A.weight" and len(tensor) == sum(rows)        # else it is refused, or shared
+        rows = [len(weights[one]) for one in ours]
+        for ending in ("weight", "lora_A.weight", "lora_B.weight") if name.endswith(".weight") else ("",):
+            if (tensor := found.pop(name.removesuffix("weight") + ending, None)) is not None:
+                cut = len(ours) > 1 and ending != "lora_A.weight" and len(tensor) == sum(rows)   # else refused, shared
                 pieces = split_rows(tensor, rows, language.kv_heads, language.decoder) if cut else [tensor] * len(ours)
-                layers = (official_name(one).rpartition(".")[0] for one in ours)
-                found |= {f"{layer}.{ending}": piece for layer, piece in zip(layers, pieces)}
+                found |= {official_name(one).removesuffix("weight") + ending: piece for one, piece in zip(ours, pieces)}
     return found
 
 
@@ -175,7 +173,7 @@ def load_adapter(folder, model, skip=()):
     """
     (_, scale), path, trained = read_adapter_config(folder), Path(folder, ADAPTER_WEIGHTS), {}
     try:
-        found = {re.sub(r"^model\.(?!layers\.|norm\.)", "", name.removeprefix(PREFIX)): finite(tensor, name, path)
+        found = {re.sub(r"^model\.(?!layers\.)", "", name.removeprefix(PREFIX)): finite(tensor, name, path)
                  for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); a PEFT folder holds its adapter there") from error

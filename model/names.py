@@ -61,25 +61,6 @@ FUSED = {
         (("language.blocks.#", "language_model.model.layers.#"), *((part, "self_attn.qkv_proj") for part in QKV),
          ("mlp_gate", "mlp.gate_up_proj"), ("mlp_up", "mlp.gate_up_proj")),),
 }
-# XComposer2: our name of a partial LoRA, the layer that has it; its matrices (query, key and value have a B each)
-PARTIAL = {"attention.partial_qkv": "attention.wqkv", "attention.partial_out": "attention.wo",
-           "partial_gate": "feed_forward.w1", "partial_up": "feed_forward.w3", "partial_down": "feed_forward.w2"}
-SIDES, CLIP = ("a", "b.0", "b.1", "b.2"), "vit.vision_tower.vision_model"
-FUSED["XComposer2"] = (
-    (("language", ""), ("embedding", "model.tok_embeddings"), ("norm", "model.norm"), ("lm_head", "output")),
-    (("language.blocks.#", "model.layers.#"), *FUSED["InternLM2"][1][1:], *(
-        (f"{ours}.{side}", f"{layer}.Plora_{side[0].upper()}") for ours, layer in PARTIAL.items() for side in SIDES)),
-    (("projector", "vision_proj"), ("up", "0"), ("out", "2")),
-    (("vision", CLIP), ("class_token", "embeddings.class_embedding"),
-     ("position", "embeddings.position_embedding.weight"), ("patch", "embeddings.patch_embedding"),
-     ("pre_norm", "pre_layrnorm")),
-    (("vision.blocks.#", f"{CLIP}.encoder.layers.#"),
-     *((part, f"self_attn.{part[10]}_proj") for part in QKV), ("attention.out", "self_attn.out_proj"),
-     ("mlp_up", "mlp.fc1"), ("mlp_down", "mlp.fc2"), ("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")))
-# and of its tensors in a run's checkpoints, where they have no name of InternVL
-OWN = {name: name for part in PARTIAL for side in SIDES for name in [f"language.blocks.#.{part}.{side}"]} | {
-    name: name for name in ("vision.pre_norm", *(f"vision.blocks.#.{part}" for part in QKV))}
-INTERLEAVED = ("InternLM2", "XComposer2")       # rows of queries, key and value together for each key head
 
 
 def full_names(table):
@@ -90,11 +71,10 @@ def full_names(table):
 
 
 ROWS = full_names(NAMES)
-OFFICIAL, TRANSFORMERS = {row[0]: row[1] for row in ROWS} | OWN, {row[0]: row[2] for row in ROWS} | OWN
-OURS = {official: ours for ours, official in OFFICIAL.items()}
+OFFICIAL, TRANSFORMERS = {row[0]: row[1] for row in ROWS}, {row[0]: row[2] for row in ROWS}
+OURS = {row[1]: row[0] for row in ROWS}
 ORDER = {f"{parts[0]}.{row[0]}": (place, i) for place, (parts, *rows) in enumerate(NAMES) for i, row in enumerate(rows)}
 PART_OF = {name.split(".")[0]: part[0].split(".")[0].replace("language", "llm") for part, *_ in NAMES for name in part}
-PART_OF |= {"model": "llm", "output": "llm", "vit": "vision", "vision_proj": "projector"}           # of XComposer2
 PARTS = tuple(dict.fromkeys(PART_OF.values()))          # as flags name them
 ENDINGS = {".adapter.a.weight": ".lora_A.weight", ".adapter.b.weight": ".lora_B.weight",
            ".weight": ".weight", ".bias": ".bias"}
@@ -141,16 +121,16 @@ def split_rows(tensor, rows, kv_heads, decoder):
     """
     if len(rows) == 1:
         return [tensor]
-    groups = kv_heads if decoder in INTERLEAVED else 1
+    groups = kv_heads if decoder.startswith("InternLM2") else 1
     parts = tensor.unflatten(0, (groups, -1)).split([count // groups for count in rows], dim=1)
     return [part.flatten(0, 1) for part in parts]
 
 
-def join_rows(tensors, kv_heads=1, decoder=None):
+def join_rows(tensors, kv_heads=1, decoder=""):
     """The inverse of `split_rows`."""
     if len(tensors) == 1:
         return tensors[0]
-    groups = kv_heads if decoder in INTERLEAVED else 1
+    groups = kv_heads if decoder.startswith("InternLM2") else 1
     return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
 

@@ -25,7 +25,7 @@ SYSTEM_25 = "你是书生·万象，英文名是InternVL，是由上海人工智
 INSTRUCTION = " Answer the question using a single word or phrase."
 START, END = "<|im_start|>", "<|im_end|>"
 IMAGE_OPEN, IMAGE_TOKEN, IMAGE_CLOSE = "<img>", "<IMG_CONTEXT>", "</img>"
-PLACEHOLDER = "<image>"                 # in a question: the next image goes here
+PLACEHOLDER, OTHER_PLACE = "<image>", "<ImageHere>"      # in a question: the next image goes here
 MARKUP = re.compile("(</?(?:ref|box|quad)>)")           # tokens that name and frame a part of an image
 IGNORE_INDEX, LONGEST_TOKEN = -100, 256                 # characters of a token, at most
 
@@ -40,11 +40,10 @@ class Template:
     gap: str = ""                       # plain text between two turns
     strip: bool = False                 # in training, turns lose white space at their ends
     line: str = "\n"                    # plain text behind an image that comes before the question
-    place: str = PLACEHOLDER            # what users write where an image belongs, beside "<image>"
     stops: tuple = ()                   # special tokens beside `end` that end an answer
-    text_begin: tuple = ()              # special tokens that a prompt without images begins with
-    sample: "Template" = None           # how a conversation for training is written, if otherwise
-    builder: type = None                # if not PromptBuilder
+
+    def builder(self, tokenizer, tokens_per_tile, system, tiles, branches):     # other models: see xcomposer2.py
+        return PromptBuilder(tokenizer, tokens_per_tile, self, system)
 
 
 TEMPLATES = {                           # by the word "template" of config.json; V1.5's sentences: `read_template`
@@ -79,17 +78,13 @@ class Prompt:
 class PromptBuilder:
     """Appends pieces to a prompt, first the system turn. Text between two special tokens is tokenized as one string."""
 
-    def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None, tiles=()):
+    def __init__(self, tokenizer, tokens_per_tile, template=TEMPLATES["Hermes-2"], system=None):
         self.tokenizer, self.tokens_per_tile, self.added = tokenizer, tokens_per_tile, tokenizer.get_added_vocab()
         # swallow: white space that follows vanishes (Phi-3)
         self.template, self.prompt, self.branch, self.position, self.swallow = template, Prompt(), 0, 0, False
         self.append(list(tokenizer("").input_ids), False)
-        for token in () if any(tiles) else template.text_begin:
-            self.special(token)
-        system = template.system if system is None else system
-        if system is not None:
-            self.text(self.start("system") + system)
-            self.end()
+        self.text(self.start("system") + (template.system if system is None else system))
+        self.end()
 
     def text(self, text, in_loss=False):
         text = text.lstrip() if self.swallow else text
@@ -117,13 +112,10 @@ class PromptBuilder:
         first, *parts = text.split(PLACEHOLDER, len(tiles))             # further placeholders are plain text
         self.text(self.start("user") + first)
         for count, part in zip(tiles, parts):
-            self.image(count * self.tokens_per_tile)
+            self.special(IMAGE_OPEN)
+            self.special(IMAGE_TOKEN, count * self.tokens_per_tile)
+            self.special(IMAGE_CLOSE)
             self.text(part)
-
-    def image(self, count):
-        self.special(IMAGE_OPEN)
-        self.special(IMAGE_TOKEN, count)
-        self.special(IMAGE_CLOSE)
 
     def reply(self, answer):
         """End the user's turn and write the answer, which is in the loss; stop where it begins if it is None."""
@@ -134,7 +126,7 @@ class PromptBuilder:
             self.end(in_loss=True)
 
     def close(self):
-        """Write what follows the last turn of a conversation: nothing."""
+        """Write what follows the last turn of a branch: nothing."""
 
     def append(self, ids, in_loss, image=False):
         self.prompt.ids += ids
@@ -157,8 +149,7 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
     >>> write_page(tokenizer, 256, [7], [[("What is the date?", "January 8, 1993.")]])[0].ids[-2:]
     [13, 151645]
     """
-    builder_class, images = template.builder or PromptBuilder, iter(tiles)
-    builder = builder_class(tokenizer, tokens_per_tile, template, system, tiles)
+    builder, images = template.builder(tokenizer, tokens_per_tile, system, tiles, branches), iter(tiles)
     for question, answer in history:
         builder.question(question, images)
         builder.reply(answer)
@@ -191,8 +182,7 @@ def write_conversation(tokenizer, tokens_per_tile, turns, template=TEMPLATES["He
     `turns`: (question, answer, number of tiles of each of its images); each image replaces the next "<image>" in the
     question; the model writes a last answer that is None. Raises InputError for fewer "<image>" than images.
     """
-    builder_class, images = template.builder or PromptBuilder, [tiles for *_, tiles in turns]
-    builder = builder_class(tokenizer, tokens_per_tile, template, tiles=images)
+    builder = template.builder(tokenizer, tokens_per_tile, None, [tiles for *_, tiles in turns], ())
     for question, answer, tiles in turns:
         if question.count(PLACEHOLDER) < len(tiles):
             raise InputError(f"{len(tiles)} images, but {question.count(PLACEHOLDER)} {PLACEHOLDER} in the question: "

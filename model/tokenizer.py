@@ -11,19 +11,19 @@ SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", SENTENCEPIECE)
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4             # kinds of pieces of a tokenizer.model
+TURNS = "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_145]"   # InternLM2's pieces that open and end a turn
 
 
-def load_tokenizer(folder, specials=()):
+def load_tokenizer(folder):
     """The tokenizer of a model folder, a fast one of transformers. Raises InputError for files that cannot be read.
 
-    `specials`: pieces of a tokenizer.model that are special tokens, though its tokenizer_config.json does not say so.
     `tokenizer("")` has the ids that every prompt begins with; behind a token in its `swallowing` white space vanishes.
     """
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
     try:
         settings = folder / "tokenizer_config.json"
         if (folder / SENTENCEPIECE).is_file():
-            tokenizer = read_sentencepiece(folder, json.loads(settings.read_text(encoding="utf-8")), specials)
+            tokenizer = read_sentencepiece(folder, json.loads(settings.read_text(encoding="utf-8")))
         elif settings.is_file() and '"PreTrainedTokenizerFast"' in settings.read_text(encoding="utf-8"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
@@ -36,17 +36,17 @@ def load_tokenizer(folder, specials=()):
                          "merges.txt, tokenizer.json, or tokenizer.model, and tokenizer_config.json") from error
 
 
-def read_sentencepiece(folder, settings, specials=()):
+def read_sentencepiece(folder, settings):
     """The BPE of a tokenizer.model (sentencepiece_model.proto): a piece's score is the rank of the merges that make it.
 
-    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed; nor can `specials`.
+    Tokens of tokenizer_config.json take the place of pieces with their ids, and cannot be typed; nor can TURNS.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
     model = list(fields((folder / SENTENCEPIECE).read_bytes()))
     pieces = [dict(fields(value)) for number, value in model if number == 1]        # 1: text, 2: score, 3: kind
     added = {i: {"content": piece[1].decode(), "normalized": False, "special": True}
-             for i, piece in enumerate(pieces) if piece[1].decode() in specials}
+             for i, piece in enumerate(pieces) if piece[1].decode() in TURNS}
     added |= {int(index): token for index, token in settings.get("added_tokens_decoder", {}).items()}
     vocabulary, ranks, user = {}, {}, []
     for index, piece in enumerate(pieces):

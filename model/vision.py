@@ -11,8 +11,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import IMAGENET_MEAN, IMAGENET_STD
 from model.layers import LayerNorm, Linear, RMSNorm
+
+# mean and standard deviation of ImageNet's colors, RGB: the encoder was trained on pixels normalized with them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @functools.cache        # made once: a copy of unpinned memory to a GPU waits for all that the GPU has to do before it
@@ -70,24 +72,19 @@ class Block(nn.Module):
 class VisionEncoder(nn.Module):
     """uint8 tiles (N, 3, 448, 448) -> (N, 1024, 1024): one vector of `dtype` per patch, row by row."""
 
-    block_class = Block
-
     def __init__(self, config):
         super().__init__()
-        self.mean, self.deviation, self.pre_norm = config.mean, config.deviation, nn.Identity()
         self.patch = nn.Conv2d(3, config.width, config.patch_pixels, stride=config.patch_pixels)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.position = nn.Parameter(torch.zeros(1, 1 + config.grid ** 2, config.width))
-        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.gradient_checkpointing = False     # keep only the input of each block; run it again in the backward pass
 
     def forward(self, tiles, dtype):
-        x = normalize(tiles, dtype, self.mean, self.deviation)
-        bias = None if self.patch.bias is None else self.patch.bias.to(dtype)
-        x = F.conv2d(x, self.patch.weight.to(dtype), bias, stride=self.patch.stride)
+        x = normalize(tiles, dtype)
+        x = F.conv2d(x, self.patch.weight.to(dtype), self.patch.bias.to(dtype), stride=self.patch.stride)
         x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1024, D)
-        x = torch.cat([self.class_token.to(dtype).expand(len(x), 1, -1), x], dim=1) + self.position.to(dtype)
-        x = self.pre_norm(x)
+        x = torch.cat([self.class_token.to(dtype).expand(len(x), -1, -1), x], dim=1) + self.position.to(dtype)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return x[:, 1:]                                                             # the class token is not used

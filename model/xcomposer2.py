@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from model import language
-from model.config import SUPPORTED, VISION, Config, LanguageConfig, VisionConfig, numbers, read_language
+from model import language, names
+from model.checkpoint import RESIZED
+from model.config import READERS, SUPPORTED, VISION, Config, LanguageConfig, VisionConfig, numbers, read_language
 from model.internvl import InternVL
+from model.language import apply_rotary
 from model.layers import LayerNorm, Linear
-from model.prompt import PromptBuilder, Template
-from model.vision import VisionEncoder
+from model.prompt import IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, Prompt, PromptBuilder, Template
+from model.tokenizer import TURNS
+from model.vision import normalize
 
 # ------------------------------------------------------------------------------------------------------- vision encoder
 
@@ -58,22 +62,35 @@ class VisionBlock(nn.Module):
         return x + self.mlp_down(y * torch.sigmoid(1.702 * y))
 
 
-class ClipEncoder(VisionEncoder):
+class ClipEncoder(nn.Module):
     """uint8 images (N, 3, 490, 490) -> (N, 1225, 1024): the last block's output, without the class token."""
-    block_class = VisionBlock
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__()
+        self.mean, self.deviation = config.mean, config.deviation
         self.patch = nn.Conv2d(3, config.width, config.patch_pixels, stride=config.patch_pixels, bias=False)
         self.class_token = nn.Parameter(torch.zeros(config.width))
         self.position = nn.Parameter(torch.zeros(1 + config.grid ** 2, config.width))
         self.pre_norm = LayerNorm(config.width, config.norm_eps)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, images, dtype):
+        x = normalize(images, dtype, self.mean, self.deviation)
+        x = F.conv2d(x, self.patch.weight.to(dtype), stride=self.patch.stride)
+        x = rearrange(x, "n d h w -> n (h w) d")                                    # (N, 1225, D)
+        x = torch.cat([self.class_token.to(dtype).expand(len(x), 1, -1), x], dim=1) + self.position.to(dtype)
+        x = self.pre_norm(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
+        return x[:, 1:]
 
 
-def stretch(table, rows):
+def resize(table, rows):
     """A position table (1 + n * n, D) with `rows` rows, for images of another size: bicubic, in float32."""
-    if len(table) == rows or (side := math.isqrt(max(len(table) - 1, 1))) ** 2 != len(table) - 1:
-        return table
+    side = math.isqrt(max(len(table) - 1, 1))
+    if table.ndim != 2 or len(table) in (rows, 0) or side ** 2 != len(table) - 1:
+        return table                                                    # it fits, or its shape will be refused
     grid = rearrange(table[1:].float(), "(h w) d -> 1 d h w", h=side)
     grid = F.interpolate(grid, [math.isqrt(rows - 1)] * 2, mode="bicubic")
     return torch.cat([table[:1].float(), rearrange(grid, "1 d h w -> (h w) d")])
@@ -99,21 +116,21 @@ class PartialLoRA(nn.Module):
     def __init__(self, config, width_in, *widths_out):
         super().__init__()
         self.scale = config.partial_alpha / config.partial_rank
-        self.a = Linear(width_in, config.partial_rank, bias=False)
-        self.b = nn.ModuleList(Linear(config.partial_rank, width, bias=False) for width in widths_out)
+        self.a = nn.Parameter(torch.zeros(config.partial_rank, width_in))
+        self.b = nn.ParameterList(torch.zeros(width, config.partial_rank) for width in widths_out)
 
     def forward(self, x, images, *outputs):
         """x (L, in), `images` (L, 1), 1 at image tokens and else 0, or None -> the layers' outputs, each (L, out)."""
         if images is None:
             return outputs
-        x = F.dropout(x, 0.05, self.training and self.a.weight.requires_grad)   # as published; not while it is frozen
-        low = self.a(x) * images * self.scale
-        return tuple(y + b(low) for y, b in zip(outputs, self.b))
+        x = F.dropout(x, 0.05, self.training and self.a.requires_grad)          # as published; not while it is frozen
+        low = F.linear(x, self.a.to(x.dtype)) * images * self.scale
+        return tuple(y + F.linear(low, b.to(x.dtype)) for y, b in zip(outputs, self.b))
 
 
 def image_mask(x, row):
     """(L, 1) of the dtype of x: 1 at the image tokens of a row, else 0; None where it has none."""
-    return None if row.images is None else x.new_zeros(len(x), 1).index_fill(0, row.images, 1)
+    return x.new_zeros(len(x), 1).index_fill(0, row.images, 1) if row.images is not None and len(row.images) else None
 
 
 class PartialAttention(language.Attention):
@@ -123,11 +140,13 @@ class PartialAttention(language.Attention):
         self.partial_qkv = PartialLoRA(config, config.width, own, shared, shared)
         self.partial_out = PartialLoRA(config, own, config.width)
 
-    def qkv(self, x, row):
-        return self.partial_qkv(x, image_mask(x, row), *super().qkv(x, row))
+    def project(self, x, row):
+        parts = self.partial_qkv(x, image_mask(x, row), self.query(x), self.key(x), self.value(x))
+        q, k, v = (rearrange(part, "l (h d) -> h l d", d=self.head_width) for part in parts)
+        return apply_rotary(q, row.cos, row.sin), apply_rotary(k, row.cos, row.sin), v
 
     def forward(self, x, row):
-        seen = self.look(x, row)
+        seen = self.heads(x, row)
         return self.partial_out(seen, image_mask(x, row), self.out(seen))[0]
 
 
@@ -148,33 +167,67 @@ class PartialBlock(language.Block):
         return x + self.partial_down(y, images, self.mlp_down(y))[0]
 
 
-class PartialDecoder(language.Decoder):
-    block_class = PartialBlock
+class XComposer2(InternVL):
+    """InternVL's methods on other parts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision, self.projector = ClipEncoder(config.vision), Projector(config)
+        self.language.blocks = nn.ModuleList(
+            PartialBlock(config.language, layer) for layer in range(config.language.layers))
 
 
 # -------------------------------------------------------------------------------------------------------------- prompt
 
 class Builder(PromptBuilder):
-    """Writes nothing around an image. The text behind it begins with "<s>" again, except in training."""
-    again = True
+    """Writes nothing around an image."""
 
-    def image(self, count):
-        self.append([0] * count, False, image=True)
+    def special(self, token, count=1, in_loss=False):
+        if token == IMAGE_TOKEN:
+            self.append([0] * count, False, image=True)
+        elif token not in (IMAGE_OPEN, IMAGE_CLOSE):
+            super().special(token, count, in_loss)
+
+
+class ChatBuilder(Builder):
+    """The text behind an image begins with "<s>" again, a prompt without images with two."""
+
+    def __init__(self, tokenizer, tokens_per_tile, template, system, has_images):
+        self.has_images = has_images
+        super().__init__(tokenizer, tokens_per_tile, template, system)
+
+    def start(self, role):
+        if role == "system" and not self.has_images:
+            self.special("<s>")
+        return super().start(role)
 
     def append(self, ids, in_loss, image=False):
-        # an image at position 6 is entry 6 of the row: branches have none
-        if self.again and ids and not image and self.position and self.prompt.images[self.position - 1]:
+        # the token before, at position 5, is entry 5 of the row: images are in the prefix alone
+        if ids and not image and self.position and self.prompt.images[self.position - 1]:
             ids = [self.tokenizer.bos_token_id, *ids]
         super().append(ids, in_loss, image)
 
 
 class SampleBuilder(Builder):
-    """A conversation for training: it ends with "</s>", which is in the loss, as is the end of the line before it."""
-    again = False
+    """A conversation for training: no system turn but that of the data; it ends with "</s>", in the loss as is the end
+    of the line before it."""
+
+    def __init__(self, tokenizer, tokens_per_tile, template, system):
+        super().__init__(tokenizer, tokens_per_tile, template, system)
+        if system is None:
+            self.prompt, self.position = Prompt(), 0
+            self.append(list(tokenizer("").input_ids), False)
 
     def close(self):
         self.prompt.labels[-1] = self.prompt.ids[-1]
         self.special("</s>", in_loss=True)
+
+
+class ComposerTemplate(Template):
+    def builder(self, tokenizer, tokens_per_tile, system, tiles, branches):
+        if any(turns[-1][1] is not None for turns in branches):
+            return SampleBuilder(tokenizer, tokens_per_tile, self, system)
+        return ChatBuilder(tokenizer, tokens_per_tile, self, system, any(tiles))
 
 
 NAME = "InternLM-XComposer (浦语·灵笔)"
@@ -185,16 +238,16 @@ SYSTEM = (
     f"- {NAME} can understand and communicate fluently in the language chosen by the user such as English and 中文.")
 SYSTEM_VL = SYSTEM.format("multi-modality ") + (
     f"\n- {NAME} is capable of comprehending and articulating responses effectively based on the provided image.")
-TEMPLATE = Template(
-    SYSTEM.format(""), start="[UNUSED_TOKEN_146]", end="[UNUSED_TOKEN_145]", gap="\n", line="", place="<ImageHere>",
-    stops=("</s>",), text_begin=("<s>",), builder=Builder)
-SAMPLE = replace(TEMPLATE, system=None, strip=True, text_begin=(), builder=SampleBuilder)
+TEMPLATE = ComposerTemplate(
+    SYSTEM.format(""), start=TURNS[0], end=TURNS[1], gap="\n", strip=True, line="", stops=("</s>",))
 
 
-# ------------------------------------------------------------------------------------------------- model, configuration
+# ------------------------------------------------------------------------------------------------------- configuration
 
-class XComposer2(InternVL):
-    vision_class, projector_class, decoder_class = ClipEncoder, Projector, PartialDecoder
+@dataclass(frozen=True)
+class ClipConfig(VisionConfig):
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)           # of the colors of CLIP's training, RGB
+    deviation: tuple = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -210,6 +263,7 @@ class XComposer2Config(Config):
 # published sizes, which the published config.json lacks
 CLIP = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
         "patch_size": 14, "layer_norm_eps": 1e-5}
+DECODER = "InternLM2-XComposer2"
 
 
 def read_config(official):
@@ -223,8 +277,36 @@ def read_config(official):
     partial = numbers({"plora_rank": 256, "plora_alpha": 256} | official, {
         "partial_rank": ("plora_rank", 16_384), "partial_alpha": ("plora_alpha", 16_384)})
     return XComposer2Config(
-        VisionConfig(**numbers(vision, VISION), mean=(0.48145466, 0.4578275, 0.40821073),
-                     deviation=(0.26862954, 0.26130258, 0.27577711)),
-        PartialConfig(**vars(decoder) | partial | {"decoder": "XComposer2"}), shuffle=1, thumbnail=False,
-        max_tiles=1, stored_dtype=dtype,
-        template=replace(TEMPLATE, sample=SAMPLE, system=TEMPLATE.system if size == 224 else SYSTEM_VL))
+        ClipConfig(**numbers(vision, VISION)), PartialConfig(**vars(decoder) | partial | {"decoder": DECODER}),
+        shuffle=1, thumbnail=False, max_tiles=1, stored_dtype=dtype,
+        template=TEMPLATE if size == 224 else replace(TEMPLATE, system=SYSTEM_VL))
+
+
+# ------------------------------------------------------------------------------------------------------ tensors' names
+
+# our name of a partial LoRA: the layer that has it; its matrices: query, key and value have a B each
+PARTIAL = {"attention.partial_qkv": "attention.wqkv", "attention.partial_out": "attention.wo",
+           "partial_gate": "feed_forward.w1", "partial_up": "feed_forward.w3", "partial_down": "feed_forward.w2"}
+SIDES, TOWER = ("a", "b.0", "b.1", "b.2"), "vit.vision_tower.vision_model"
+NAMES = (
+    (("language", ""), ("embedding", "model.tok_embeddings"), ("norm", "model.norm"), ("lm_head", "output")),
+    (("language.blocks.#", "model.layers.#"), *names.FUSED["InternLM2"][1][1:], *(
+        (f"{ours}.{side}", f"{layer}.Plora_{side[0].upper()}.weight")
+        for ours, layer in PARTIAL.items() for side in SIDES)),
+    (("projector", "vision_proj"), ("up", "0"), ("out", "2")),
+    (("vision", TOWER), ("class_token", "embeddings.class_embedding"),
+     ("position", "embeddings.position_embedding.weight"), ("patch", "embeddings.patch_embedding"),
+     ("pre_norm", "pre_layrnorm")),
+    (("vision.blocks.#", f"{TOWER}.encoder.layers.#"),
+     *((part, f"self_attn.{part[10]}_proj") for part in names.QKV), ("attention.out", "self_attn.out_proj"),
+     ("mlp_up", "mlp.fc1"), ("mlp_down", "mlp.fc2"), ("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")))
+# tensors that InternVL lacks keep our names in a run's checkpoints
+OWN = [f"language.blocks.#.{part}.{side}" for part in PARTIAL for side in SIDES]
+OWN += ["vision.pre_norm", *(f"vision.blocks.#.{part}" for part in names.QKV)]
+
+READERS["internlmxcomposer2"] = read_config
+RESIZED[DECODER, "vision.position"] = resize
+names.FUSED[DECODER] = NAMES
+for table in (names.OFFICIAL, names.OURS, names.TRANSFORMERS):
+    table.update(zip(OWN, OWN))
+names.PART_OF.update(model="llm", output="llm", vit="vision", vision_proj="projector")

@@ -483,9 +483,8 @@ class PageDataset(Dataset):
         branches = [[((tidy if i in page.follows else behind)(page.questions[i] + page.instruction),
                       None if asked and i == chain[-1] else tidy(page.answers[i])) for i in chain] for chain in chains]
         history = [(tidy(question + page.instruction), tidy(answer)) for question, answer in page.history]
-        prompt, left_out = write_page(
-            self.tokenizer, self.config.tokens_per_tile, tile_counts, branches, self.max_length, page.system, history,
-            tidy(page.question_start or ""), self.config.template)
+        prompt, left_out = write_page(self.tokenizer, self.config.tokens_per_tile, tile_counts, branches,
+                                      self.max_length, page.system, history, page.question_start, self.config.template)
         return prompt, [i for n in left_out for i in (chains[n][-1:] if asked else chains[n])]
 
     def size(self, page):

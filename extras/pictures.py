@@ -175,7 +175,7 @@ def attention(chat):
     x, total = language.embedding(ids).to(model.dtype), 0
     cache.crop(start)
     page = page_mask(torch.zeros(count, dtype=torch.long, device=model.device), cache, (count, 0))
-    row = Row(*page_cos_sin(positions, model.config.language, [page], model.dtype), [page])
+    row = Row(*page_cos_sin(positions, model.config.language, [page], model.dtype), [page], None)
     for layer, block in enumerate(language.blocks):
         query, _, _ = block.attention.project(block.attention_norm(x), row)
         keys = cache.keys[layer, :, :stop].repeat_interleave(query.shape[0] // cache.keys.shape[1], dim=0)  # (H, L, d)

@@ -146,12 +146,10 @@ class Chat:
         if not question.strip():
             raise InputError("the question is empty; write what you want to know")
         shown = [self.picture(image, i) for i, image in enumerate(images, len(self.pictures) + 1)]
-        turn = Turn(question, None, self.waiting + shown)
-        template = self.model.config.template
-        turn.question = question.replace(OTHER_PLACE, PLACEHOLDER)
+        turn = Turn(question.replace(OTHER_PLACE, PLACEHOLDER), None, self.waiting + shown)
         if PLACEHOLDER not in turn.question:
-            places = (f"{picture.label}{PLACEHOLDER}{template.line}" for picture in turn.pictures)
-            turn.question = "".join(places) + question
+            line = self.model.config.template.line
+            turn.question = "".join(f"{picture.label}{PLACEHOLDER}{line}" for picture in turn.pictures) + question
         prompt, keys = self.write([*self.turns, turn])
         most = self.model.config.language.max_positions
         if len(prompt.ids) + max_new_tokens > most:

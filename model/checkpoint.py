@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 from dataclasses import replace
@@ -94,8 +93,7 @@ def download_weights(name, folder):
         warn(f"{name}: about {gigabytes:.1f} GB to download; the weights take as much memory in bfloat16, twice that "
              "in float32; train.py prints what a step takes")
     folder = download(name, (WEIGHTS, INDEX, SHARDS))
-    safe = any(folder.glob("model*.safetensors"))
-    return folder if safe else download(name, (BINARY, BINARY_INDEX, BINARY_SHARDS))
+    return folder if any(folder.glob("model*.safetensors")) else download(name, (BINARY, BINARY_INDEX, BINARY_SHARDS))
 
 
 def about_parameters(config):
@@ -103,9 +101,8 @@ def about_parameters(config):
     vision, language = config.vision, config.language
     heads = 2 * (language.heads + language.kv_heads) * language.head_width
     partial = getattr(language, "partial_rank", 0) * (heads + 5 * language.width + 3 * language.mlp_width)
-    return language.layers * partial + (
-        vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.width * (
-            language.layers * (heads + 3 * language.mlp_width) + 2 * language.vocabulary))
+    return (vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width) + language.layers * (
+        language.width * (heads + 3 * language.mlp_width) + partial) + 2 * language.width * language.vocabulary)
 
 
 def has_weights(folder):
@@ -197,9 +194,7 @@ def fingerprint(folder, overlays=(), without=()):
 
 
 def parts_of(path):
-    """Yield the header of a safetensors file, and the first 4 kB of each tensor; of a damaged one less. Of a .bin file,
-    the checksums that it holds.
-    """
+    """Yield a safetensors file's header and the first 4 kB of each tensor, or a .bin's checksums; if damaged, less."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, BadZipFile):
         if path.suffix == ".bin":
             yield repr([(part.filename, part.CRC) for part in ZipFile(path).infolist()]).encode()
@@ -321,8 +316,7 @@ def read(folder, wanted, language, device, dtype, skip=()):
         ours = holds.get(plain, ())
         rows = [len(wanted[one]) for one in ours]
         if shape and (resize := RESIZED.get((language.decoder, *ours))):
-            part = resize(part[:], rows[0])
-            shape = tuple(part.shape)
+            shape = tuple((part := resize(part[:], rows[0])).shape)
         if ".lora_" in plain:
             adapters[plain] = part[:]
         elif not ours:
@@ -358,10 +352,9 @@ def tensors_of_binary(path, skip):
                     and part.layout == torch.strided and part.device.type == "cpu"):
                 raise ValueError(f"{str(name)[:60]!r} is not a tensor with values")
     except Exception as error:                  # what torch.load raises for a broken file has no common class
-        code = isinstance(error, pickle.UnpicklingError)
-        reason = "refused, it holds more than tensors and could run code" if code else "not a whole file of weights"
-        raise InputError(f"{path}: {reason} ({' '.join(str(error).split())[-200:] or type(error).__name__}); download "
-                         "or copy the published file again") from error
+        reason = " ".join(str(error).split())[-200:] or type(error).__name__
+        raise InputError(f"{path}: refused, it holds more than tensors or is not whole ({reason}); download or copy "
+                         "the published file again") from error
     kinds = {dtype: kind for kind, dtype in STORED_DTYPES.items()}
     for name, part in found.items():            # without the buffers that older versions of transformers stored
         if part_of(name) not in skip and not name.endswith((".position_ids", ".inv_freq")):
@@ -369,9 +362,7 @@ def tensors_of_binary(path, skip):
 
 
 def tensors_of(paths, skip):
-    """Yield (path, name, shape, dtype's name, tensor or slice) of weight files, without the parts `skip`. Raises
-    InputError.
-    """
+    """Yield (path, name, shape, dtype's name, tensor or slice) of files without the parts `skip`. Raises InputError."""
     for path in paths:
         if path.suffix == ".bin":
             yield from tensors_of_binary(path, skip)

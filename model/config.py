@@ -109,7 +109,7 @@ class Config:
                            read_language(language), shuffle=round(1 / official["downsample_ratio"]),
                            thumbnail=official["use_thumbnail"], stored_dtype=official["torch_dtype"],
                            template=read_template(official, Path(path).parent),
-                           **numbers({"max_dynamic_patch": 12} | official, TILES))
+                           **numbers({"max_dynamic_patch": 12} | official, {"max_tiles": ("max_dynamic_patch", 128)}))
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{path}: not an InternVL2 config ({type(error).__name__}: {error}); "
                              "expected the official config.json with vision_config and llm_config") from error
@@ -163,8 +163,6 @@ LANGUAGE = {name: VISION[name] for name in ("width", "layers", "heads", "mlp_wid
     "kv_heads": ("num_key_value_heads", 512), "vocabulary": ("vocab_size", 1_000_000),
     "rope_theta": ("rope_theta", 1e9), "norm_eps": ("rms_norm_eps", 1.0),
     "max_positions": ("max_position_embeddings", 10 ** 9)}
-
-TILES = {"max_tiles": ("max_dynamic_patch", 128)}
 
 # The values of a config.json that this code implements: image features are the last layer's output (select_layer -1),
 # the pixel shuffle has the order "v2".

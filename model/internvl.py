@@ -33,8 +33,7 @@ class PromptTensors:
 
     @classmethod
     def of(cls, prompt):
-        columns = prompt.ids, prompt.positions, prompt.branches, prompt.labels, prompt.images
-        ids, positions, branches, labels, images = map(torch.tensor, columns)
+        ids, labels, positions, branches, images = map(torch.tensor, vars(prompt).values())
         images, answers = images.nonzero()[:, 0], (labels != IGNORE_INDEX).nonzero()[:, 0]
         columns = ids, positions, branches, images, labels[answers], answers - 1        # predicted by the token before
         span = prompt.branches.count(0), max(prompt.branches)
@@ -139,8 +138,7 @@ class InternVL(nn.Module):
         device, per_tile, size = self.device, self.config.tokens_per_tile, self.config.vision.tile_pixels
         row, start = [], 0
         for tiles, prompt in pages:
-            if not isinstance(prompt, PromptTensors):
-                prompt = PromptTensors.of(prompt)
+            prompt = prompt if isinstance(prompt, PromptTensors) else PromptTensors.of(prompt)
             numbers = prompt.numbers.to(device, non_blocking=True)
             ids, positions, branches, images, targets, answers = numbers.split(prompt.sizes)
             if len(images) != len(tiles) * per_tile:

@@ -12,6 +12,7 @@ Sources: Qwen2 (arXiv 2407.10671), section 2; grouped-query attention 2305.13245
 LongRoPE 2402.13753.
 """
 import math
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ class KVCache:
 @dataclass
 class PageMask:
     """What the new tokens of one page may see."""
+    past: int                           # number of tokens of the page that were read before
     tokens: int                         # number of new tokens in the row
     causal: int                         # how many of them, from the first, are the prefix: plain causal, no mask
     mask: torch.Tensor | None           # of the others, bool (tokens - causal, past + tokens); None: they see all keys
@@ -63,11 +65,6 @@ class PageMask:
     last: int                           # the last of these branches
     cache: KVCache | None
     made: torch.Tensor | None = None    # what `bias` returns, once it was called
-
-    @property
-    def past(self):
-        """Tokens of the page that were read before."""
-        return len(self.key_branches) - self.tokens
 
     def bias(self, groups, dtype):
         """The mask for the rows of heads that share keys, 0 or -inf: (groups * (tokens - causal), past + tokens)."""
@@ -94,7 +91,7 @@ def page_mask(branches, cache=None, span=None):
         index = torch.arange(past + new, device=branches.device)
         mask = (key_branches == 0) | (key_branches == key_branches[past + causal:, None])   # the prefix, or the
         mask &= index <= index[past + causal:, None]                                        # own branch; nothing later
-    return PageMask(new, causal, mask, key_branches, last, cache)
+    return PageMask(past, new, causal, mask, key_branches, last, cache)
 
 
 def rotary_cos_sin(positions, head_width, theta, dtype, factors=1.0, scale=1.0):
@@ -134,13 +131,9 @@ def apply_rotary(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-@dataclass
-class Row:
-    """What a block knows of a row beside its vectors."""
-    cos: torch.Tensor                   # (L, head width), of every token's rotary angles
-    sin: torch.Tensor
-    pages: list[PageMask]
-    images: torch.Tensor | None = None  # int64 (256 N,): which of the tokens are image tokens, for other models
+# what a block knows of a row beside its vectors: cosine and sine of every token's rotary angles, each (L, head width),
+# a PageMask per page, and the indices of image tokens, int64 (256 N,), or None; xcomposer2.py needs these
+Row = namedtuple("Row", "cos sin pages images")
 
 
 class Attention(nn.Module):
@@ -160,10 +153,7 @@ class Attention(nn.Module):
         q, k = self.query_norm(q), self.key_norm(k)                                 # over each head alone
         return apply_rotary(q, row.cos, row.sin), apply_rotary(k, row.cos, row.sin), v
 
-    def forward(self, x, row):                                                      # (L, D)
-        return self.out(self.heads(x, row))                                         # (L, D)
-
-    def heads(self, x, row):                                    # (L, D) -> (L, H d), what each head has seen
+    def forward(self, x, row):                                  # (L, D) -> (L, H d), which the block gives to `out`
         q, k, v = self.project(x, row)
         tokens = [page.tokens for page in row.pages]
         split = zip(q.split(tokens, 1), k.split(tokens, 1), v.split(tokens, 1), row.pages)
@@ -203,7 +193,7 @@ class Block(nn.Module):
         self.mlp_down = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x, row, rows=slice(None)):                                    # (L, D) -> (L, D) or (A, D)
-        x = (x + self.attention(self.attention_norm(x), row))[rows]
+        x = (x + self.attention.out(self.attention(self.attention_norm(x), row)))[rows]
         y = self.mlp_norm(x)
         return x + self.mlp_down(F.silu(self.mlp_gate(y)) * self.mlp_up(y))
 
@@ -221,8 +211,7 @@ class Decoder(nn.Module):
     def forward(self, x, positions, pages, rows=slice(None), images=None):
         """Embedded row (L, D), int64 positions (L,), one PageMask per page -> (L, D), ready for `lm_head`.
 
-        `rows`, int64 (A,): the tokens whose vectors are returned, (A, D); the last block's MLP runs on these only.
-        `images`: as in `Row`.
+        `rows`, int64 (A,): tokens whose vectors are returned, (A, D); the last MLP sees only these. `images`: of `Row`.
         """
         row = Row(*page_cos_sin(positions, self.config, pages, x.dtype), pages, images)
         for page in pages:

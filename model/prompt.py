@@ -117,16 +117,13 @@ class PromptBuilder:
             self.special(IMAGE_CLOSE)
             self.text(part)
 
-    def reply(self, answer):
+    def reply(self, answer, last=False):        # last: of its branch, for models that mark it
         """End the user's turn and write the answer, which is in the loss; stop where it begins if it is None."""
         self.end()
         self.text(self.start("assistant"))
         if answer is not None:
             self.text(answer, in_loss=True)
             self.end(in_loss=True)
-
-    def close(self):
-        """Write what follows the last turn of a branch: nothing."""
 
     def append(self, ids, in_loss, image=False):
         self.prompt.ids += ids
@@ -167,8 +164,7 @@ def write_page(tokenizer, tokens_per_tile, tiles, branches, max_length=None, sys
         builder.branch, builder.position, builder.swallow = index + 1 - len(too_long), prefix, swallow
         for i, (question, answer) in enumerate(() if hopeless else turns):
             builder.question(question, iter(())) if i else builder.text(begins_with + question)
-            builder.reply(answer)
-        hopeless or builder.close()
+            builder.reply(answer, last=i + 1 == len(turns))
         if hopeless or max_length and prefix + len(prompt.ids) - begin > max_length:
             for column in vars(prompt).values():
                 del column[begin:]

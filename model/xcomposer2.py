@@ -22,7 +22,6 @@ from model import language, names
 from model.checkpoint import RESIZED
 from model.config import READERS, SUPPORTED, VISION, Config, LanguageConfig, VisionConfig, numbers, read_language
 from model.internvl import InternVL
-from model.language import apply_rotary
 from model.layers import LayerNorm, Linear
 from model.prompt import IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, Prompt, PromptBuilder, Template
 from model.tokenizer import TURNS
@@ -125,12 +124,7 @@ class PartialLoRA(nn.Module):
             return outputs
         x = F.dropout(x, 0.05, self.training and self.a.requires_grad)          # as published; not while it is frozen
         low = F.linear(x, self.a.to(x.dtype)) * images * self.scale
-        return tuple(y + F.linear(low, b.to(x.dtype)) for y, b in zip(outputs, self.b))
-
-
-def image_mask(x, row):
-    """(L, 1) of the dtype of x: 1 at the image tokens of a row, else 0; None where it has none."""
-    return x.new_zeros(len(x), 1).index_fill(0, row.images, 1) if row.images is not None and len(row.images) else None
+        return [y + F.linear(low, b.to(x.dtype)) for y, b in zip(outputs, self.b)]
 
 
 class PartialAttention(language.Attention):
@@ -141,13 +135,9 @@ class PartialAttention(language.Attention):
         self.partial_out = PartialLoRA(config, own, config.width)
 
     def project(self, x, row):
-        parts = self.partial_qkv(x, image_mask(x, row), self.query(x), self.key(x), self.value(x))
+        parts = self.partial_qkv(x, row.images, self.query(x), self.key(x), self.value(x))
         q, k, v = (rearrange(part, "l (h d) -> h l d", d=self.head_width) for part in parts)
-        return apply_rotary(q, row.cos, row.sin), apply_rotary(k, row.cos, row.sin), v
-
-    def forward(self, x, row):
-        seen = self.heads(x, row)
-        return self.partial_out(seen, image_mask(x, row), self.out(seen))[0]
+        return language.apply_rotary(q, row.cos, row.sin), language.apply_rotary(k, row.cos, row.sin), v
 
 
 class PartialBlock(language.Block):
@@ -158,9 +148,12 @@ class PartialBlock(language.Block):
         self.partial_down = PartialLoRA(config, config.mlp_width, config.width)
 
     def forward(self, x, row, rows=slice(None)):
-        images = image_mask(x, row)
-        images = images if images is None else images[rows]
-        x = (x + self.attention(self.attention_norm(x), row))[rows]
+        # image tokens as a mask (L, 1): 1 or 0, of the dtype of x; None where there are none, as in decoding
+        has_images = row.images is not None and len(row.images)
+        images = x.new_zeros(len(x), 1).index_fill(0, row.images, 1) if has_images else None
+        seen = self.attention(self.attention_norm(x), row._replace(images=images))
+        [seen] = self.attention.partial_out(seen, images, self.attention.out(seen))
+        x, images = (x + seen)[rows], images if images is None else images[rows]
         y = self.mlp_norm(x)
         [gate], [up] = self.partial_gate(y, images, self.mlp_gate(y)), self.partial_up(y, images, self.mlp_up(y))
         y = F.silu(gate) * up
@@ -180,7 +173,21 @@ class XComposer2(InternVL):
 # -------------------------------------------------------------------------------------------------------------- prompt
 
 class Builder(PromptBuilder):
-    """Writes nothing around an image."""
+    """Writes nothing around an image. In a chat, the text behind one begins with "<s>" again, a prompt without any with
+    two. A sample for training has no system turn but that of the data; it ends with "</s>", which is in the loss, as is
+    the end of the line before it."""
+
+    def __init__(self, tokenizer, tokens_per_tile, template, system, is_sample, has_images):
+        self.is_sample, self.has_images = is_sample, has_images
+        super().__init__(tokenizer, tokens_per_tile, template, system)
+        if is_sample and system is None:
+            self.prompt, self.position = Prompt(), 0
+            self.append(list(tokenizer("").input_ids), False)
+
+    def start(self, role):
+        if role == "system" and not (self.is_sample or self.has_images):
+            self.special("<s>")
+        return super().start(role)
 
     def special(self, token, count=1, in_loss=False):
         if token == IMAGE_TOKEN:
@@ -188,46 +195,23 @@ class Builder(PromptBuilder):
         elif token not in (IMAGE_OPEN, IMAGE_CLOSE):
             super().special(token, count, in_loss)
 
-
-class ChatBuilder(Builder):
-    """The text behind an image begins with "<s>" again, a prompt without images with two."""
-
-    def __init__(self, tokenizer, tokens_per_tile, template, system, has_images):
-        self.has_images = has_images
-        super().__init__(tokenizer, tokens_per_tile, template, system)
-
-    def start(self, role):
-        if role == "system" and not self.has_images:
-            self.special("<s>")
-        return super().start(role)
-
     def append(self, ids, in_loss, image=False):
-        # the token before, at position 5, is entry 5 of the row: images are in the prefix alone
-        if ids and not image and self.position and self.prompt.images[self.position - 1]:
+        # the token before position 6 is entry 5 of the row if it is an image: these are in the prefix alone
+        if ids and not (image or self.is_sample) and self.position and self.prompt.images[self.position - 1]:
             ids = [self.tokenizer.bos_token_id, *ids]
         super().append(ids, in_loss, image)
 
-
-class SampleBuilder(Builder):
-    """A conversation for training: no system turn but that of the data; it ends with "</s>", in the loss as is the end
-    of the line before it."""
-
-    def __init__(self, tokenizer, tokens_per_tile, template, system):
-        super().__init__(tokenizer, tokens_per_tile, template, system)
-        if system is None:
-            self.prompt, self.position = Prompt(), 0
-            self.append(list(tokenizer("").input_ids), False)
-
-    def close(self):
-        self.prompt.labels[-1] = self.prompt.ids[-1]
-        self.special("</s>", in_loss=True)
+    def reply(self, answer, last=False):
+        super().reply(answer)
+        if last and self.is_sample:
+            self.prompt.labels[-1] = self.prompt.ids[-1]
+            self.special("</s>", in_loss=True)
 
 
 class ComposerTemplate(Template):
     def builder(self, tokenizer, tokens_per_tile, system, tiles, branches):
-        if any(turns[-1][1] is not None for turns in branches):
-            return SampleBuilder(tokenizer, tokens_per_tile, self, system)
-        return ChatBuilder(tokenizer, tokens_per_tile, self, system, any(tiles))
+        is_sample = any(turns[-1][1] is not None for turns in branches)
+        return Builder(tokenizer, tokens_per_tile, self, system, is_sample, any(tiles))
 
 
 NAME = "InternLM-XComposer (浦语·灵笔)"

@@ -299,7 +299,7 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line(folder, tmp_path):
             return (open, (str(tmp_path / "was-run"), "w"))
     good = official_tensors(folder)
     wide = torch.as_strided(torch.zeros(1), (1 << 40, 128), (0, 0))
-    for content, message in ((good | {"output.weight": Hostile()}, "refused, it holds more than tensors"), (["x"], "not a whole file of weights"),
+    for content, message in ((good | {"output.weight": Hostile()}, "refused, it holds more than tensors"), (["x"], "refused"),
                              (good | {"output.weight": "text"}, "'output.weight' is not a tensor"), (good | {"output.weight": good["output.weight"].to_sparse()}, "is not a tensor"),
                              (good | {"output.weight": wide}, "wrong shape"), (good | {"more": torch.zeros(1)}, "1 unexpected")):
         torch.save(content, tmp_path / BINARY)
@@ -309,7 +309,7 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line(folder, tmp_path):
     torch.save(good, tmp_path / BINARY)
     whole = (tmp_path / BINARY).read_bytes()
     (tmp_path / BINARY).write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(InputError, match="not a whole file of weights"):
+    with pytest.raises(InputError, match="or is not whole"):
         InternVL.from_pretrained(tmp_path, "cpu")
 
 

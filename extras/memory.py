@@ -142,7 +142,7 @@ def attention_kernels(model):
 def print_step(args, model):
     """Print the estimated memory of a step and, on a GPU, the kernels of its attention."""
     needed = step_gb(model, args.max_tiles, args.batch_pages)
-    print(f"estimated memory of a step on pages of {args.max_tiles} tiles: {sum(needed.values()):.2f} GB ("
-          + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
+    print(f"estimated memory of a step on pages of {args.max_tiles if model.config.tiled else 1} tiles: "
+          f"{sum(needed.values()):.2f} GB (" + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     if args.device.startswith("cuda"):
         print("attention kernels: " + ", ".join(map(" ".join, attention_kernels(model).items())))

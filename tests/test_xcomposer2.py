@@ -29,7 +29,7 @@ from xcomposer import Reference, make_composer, official_tensors
 from data import Page, PageDataset
 from extras.formats import read_entry
 from model import InputError, InternVL
-from model.checkpoint import BINARY, about_parameters
+from model.checkpoint import BINARY, about_parameters, fingerprint
 from model.config import Config
 from model.generate import generate, penalize
 from model.lora import add_adapters
@@ -311,6 +311,16 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line(folder, tmp_path):
     (tmp_path / BINARY).write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="or is not whole"):
         InternVL.from_pretrained(tmp_path, "cpu")
+
+
+def test_another_value_in_a_bin_file_gives_another_fingerprint(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(folder)
+    [*_, path] = sorted((tmp_path / "copy").glob("*.bin"))
+    tensors = torch.load(path, weights_only=True)
+    tensors[max(tensors)][-1, -1] += 1e-3
+    torch.save(tensors, path)
+    assert fingerprint(tmp_path / "copy") != fingerprint(folder)
 
 
 def test_a_position_table_of_another_size_is_stretched(folder, tmp_path, model):

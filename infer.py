@@ -234,7 +234,7 @@ def evaluate(arguments):
     ranks = None
     if "RANK" in os.environ:                                # torchrun started this process: rank 0 reads and writes
         from extras import distributed as ranks
-    helps = bool(ranks and ranks.rank())
+    helps = bool(ranks and ranks.RANK)
     rows = [] if helps else open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain",
                                       bool(arguments.split), arguments.columns, answered=False)
     of_files = [part for part, *_ in getattr(rows, "parts", [(rows,)]) if isinstance(part, list)]

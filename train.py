@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
+from data import FIRST_BLOCK, PageDataset, chunks, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import choose_split, peak_gb, print_step
@@ -302,13 +302,6 @@ def print_run(args, model, ranks=None):
 
 # ------------------------------------------------------------------------------------------------------------- data
 
-def chunks(items, size):
-    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
-
-
 def training_steps(loader, skips, args):
     """Yield for each step all its pages, in the order of the stream, and its micro-batches, lists of examples.
 
@@ -322,7 +315,7 @@ def training_steps(loader, skips, args):
         skips.check_limit()
 
 
-def open_pages(args, dataset, run, skips):
+def open_pages(args, dataset, run):
     """-> (validation pages, blocks of pages from where the run stands on, rows in all epochs)."""
     state, hold_out = run.state, holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
@@ -332,7 +325,6 @@ def open_pages(args, dataset, run, skips):
         held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
-        skips.leave_out(pages if args.eval_data else [], dataset)
     run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
     print(f"reading {printable(args.data)} from epoch {state['epoch']}, block {state['block']} "
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
@@ -346,8 +338,10 @@ def open_pages(args, dataset, run, skips):
 def open_data(args, model, run, skips, ranks):
     """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
     dataset = PageDataset(model, args.max_tiles, args.max_length, args.allow_private)
-    read = partial(open_pages, args, dataset, run, skips)
-    pages, blocks, all_rows = ranks.validation_pages(read, run, skips, dataset) if ranks else read()
+    read = partial(open_pages, args, dataset, run)
+    pages, blocks, all_rows = ranks.read_pages(read, run) if ranks else read()
+    if args.eval_every:
+        skips.leave_out(pages if args.eval_data else [], dataset)
     validation = load_examples(ranks.own(pages) if ranks else pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
     loader = (ranks.load_examples(blocks, dataset, args) if ranks else
@@ -435,7 +429,7 @@ def forward_backward(model, micro_batches, tokens, seed):
 def train(args, run, model, optimizer, data, bar, stop, ranks):
     """Validate, save, and take one optimizer step after another, until --steps or --epochs are over."""
     pages, validation, steps, all_rows = data
-    step_of = ranks.of_this_rank(forward_backward) if ranks else forward_backward
+    step_of = ranks.of_this_rank(forward_backward, args.accumulate) if ranks else forward_backward
     clip = ranks.clip_grad_norm if ranks else torch.nn.utils.clip_grad_norm_
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     while True:

@@ -16,8 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -35,9 +34,11 @@ from model.checkpoint import latest_checkpoint
 from model.errors import InputError, warn
 from model.prompt import IGNORE_INDEX, write_page
 
+RANK, RANKS, LOCAL_RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 ROUND = 4                               # batches of pages that each rank answers before the next rows are read
 LONGEST = timedelta(minutes=30)         # that a rank waits for another, as for rank 0 while it saves
-JOINED = {}                             # "store": what ranks know of each other outside of collectives
+SHARDED = []                            # the model, if its weights are split over the ranks
+FAILED = []                             # the error of this rank's forward or backward pass, until all ranks know it
 
 
 class Elsewhere(InputError):
@@ -46,24 +47,15 @@ class Elsewhere(InputError):
 
 # --------------------------------------------------------------------------------------------------- start and end
 
-def rank():
-    return dist.get_rank()
-
-
-def size():
-    return dist.get_world_size()
-
-
 def run_together(report, main):
     """Meet the other ranks, run `report(main)`, end this process; of all ranks one prints why, after rank 0 saved."""
-    local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpus = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
+    gpus = torch.cuda.is_available() and torch.cuda.device_count() >= LOCAL_RANKS
     if gpus:
-        torch.cuda.set_device(local)                        # before NCCL: else every rank takes memory on GPU 0
-    JOINED["store"], number, ranks = next(rendezvous("env://", timeout=LONGEST))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=JOINED["store"], rank=number,
-                            world_size=ranks, timeout=LONGEST)
-    if number:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # before NCCL: else every rank takes memory on GPU 0
+    store, _, _ = next(rendezvous("env://", timeout=LONGEST))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=RANK, world_size=RANKS,
+                            timeout=LONGEST)
+    if RANK:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
     def on_this_rank():
@@ -72,7 +64,7 @@ def run_together(report, main):
             gather()                                        # all have come to the end
             dist.destroy_process_group()
         except BaseException as error:
-            wait_for_rank_0(error)
+            leave(error, store)
             raise
 
     status = 0
@@ -85,44 +77,34 @@ def run_together(report, main):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)                                        # torchrun ends the others, should they wait for this one
+    os._exit(status)                                        # NCCL may wait for a rank that is gone
 
 
-def wait_for_rank_0(error):
-    """Decide which rank prints its error: the first that has one. Unless rank 0 goes on, wait until it has saved."""
-    store = JOINED["store"]
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)               # torchrun sends SIGTERM when the first rank has ended
+def leave(error, store):
+    """Leave the other ranks. The first with an error of its own prints it; all wait until rank 0 has saved the run."""
+    own, saves = not isinstance(error, Elsewhere), not SHARDED or known_to_all(error)
     with contextlib.suppress(RuntimeError):                 # the store is gone with its process
-        if isinstance(error, Elsewhere) and rank() == 0:
+        if saves:
+            dist.destroy_process_group()                    # a rank that waits for this one gets an error
+        if not own and RANK == 0:
             time.sleep(1)
-        alone = store.add("printed", 0) == 0 and rank() == 0
-        prints = (alone or not isinstance(error, Elsewhere)) and store.add("printed", 1) == 1
         if not isinstance(error, SystemExit):
+            prints = store.add("printed", own) == own and (own or RANK == 0)
             sys.stderr = sys.__stderr__ if prints else open(os.devnull, "w")
-        if rank() == 0:
-            store.set("ends", "")
+        if RANK == 0:
             store.set("saved", "")
-        else:
-            began = time.monotonic()                        # later: rank 0 waits for this rank in a collective
-            while not store.check(["saved"]) and (store.check(["ends"]) or time.monotonic() < began + 5):
-                time.sleep(0.05)
+        elif saves:
+            store.wait(["saved"], LONGEST)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun sends it when the first rank has ended
 
 
-def all_end():
-    """Whether all ranks come here within 5 seconds. One that does not waits in a collective, for what will not come."""
-    store, began = JOINED["store"], time.monotonic()
-    store.add("ending", 1)
-    while store.add("ending", 0) < size():
-        if time.monotonic() > began + 5:
-            return False
-        time.sleep(0.05)
-    return True
+def known_to_all(error):
+    """Whether all ranks raise this error at the same place: see `agreed`; or it is about what all of them know."""
+    return getattr(error, "known_to_all", type(error) is InputError and not error.__cause__)
 
 
 class Signals:
     """Ctrl-C and SIGTERM: noted, and at the next `gather` all ranks end; at once where only this rank is concerned."""
-
     number, at_once = 0, False
 
     def catch(self, number, _):
@@ -154,7 +136,7 @@ SIGNAL = Signals()
 
 def gather(value=None, error=None):
     """[each rank's value], on every rank. An `error` or a signal of one rank is raised on all."""
-    error, values = error or (SystemExit(128 + SIGNAL.number) if SIGNAL.number else None), [None] * size()
+    error, values = error or (SystemExit(128 + SIGNAL.number) if SIGNAL.number else None), [None] * RANKS
     with others_there():
         dist.all_gather_object(values, (value, status_of(error)))
     return agreed(values, error)
@@ -162,21 +144,21 @@ def gather(value=None, error=None):
 
 def scatter(values_of):
     """Rank 0 calls `values_of()`, a list with a value for each rank; returns this rank's. Errors as in `gather`."""
-    mine, values, error = [None], [], None
-    if rank() == 0:
+    mine, values, error = [None], [None] * RANKS, None
+    if RANK == 0:
         try:
             with SIGNAL.noticed():
                 values = values_of()
         except (Exception, SystemExit) as found:
-            error, values = found, [None] * size()
+            error = found
     with others_there():
-        dist.scatter_object_list(mine, [(value, status_of(error)) for value in values] or None, src=0)
+        dist.scatter_object_list(mine, [(value, status_of(error)) for value in values], src=0)
     return agreed(mine, error)[0]
 
 
 def from_rank_0(value_of):
     """What `value_of()` returns on rank 0, on every rank."""
-    return scatter(lambda: [value_of()] * size())
+    return scatter(lambda: [value_of()] * RANKS)
 
 
 @contextlib.contextmanager
@@ -192,10 +174,10 @@ def status_of(error):
 
 def agreed(values, error):
     """(value, status) of some ranks -> [value]; raises if one of them ends."""
-    if error:
-        raise error
     if status := max(status for _, status in values):
-        raise SystemExit(status) if status > 2 else Elsewhere("another rank failed")
+        error = error or (SystemExit(status) if status > 2 else Elsewhere("another rank failed"))
+        error.known_to_all = True
+        raise error
     return [value for value, _ in values]
 
 
@@ -215,117 +197,96 @@ def others_there():
 
 def share_settings(args):
     """Give every rank the settings of rank 0. Raises InputError for more ranks than micro-batches."""
-    if args.accumulate < size():
-        raise InputError(f"{size()} processes, but --accumulate {args.accumulate}: a step has as many micro-batches "
+    if args.accumulate < RANKS:
+        raise InputError(f"{RANKS} processes, but --accumulate {args.accumulate}: a step has as many micro-batches "
                          f"and each process needs one; start at most {args.accumulate}, or raise --accumulate")
     if args.device.startswith("cuda") and "nccl" not in str(dist.get_backend_config()):
-        raise InputError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {torch.cuda.device_count()} GPUs; start one "
+        raise InputError(f"{LOCAL_RANKS} processes, but {torch.cuda.device_count()} GPUs; start one "
                          "process for each GPU, or give --device cpu")
     vars(args).update(from_rank_0(lambda: vars(args)))
 
 
-@dataclass
-class Seen:
-    """What all ranks know of an Example of one of them."""
-    rank: int
-    shown: int                          # number of tiles
-    page: data.Page
-    error: str | None
-    too_long: list[str]
-    kept_questions: list[int]
-    answer_tokens: int
-    tiles: tuple = ()
+def seen(example):
+    """An example as the other ranks know it: without its prompt's tokens, its tiles without pixels."""
+    if example.error:
+        return example
+    return replace(example, tiles=torch.empty_like(example.tiles, device="meta"),
+                   prompt=replace(example.prompt, numbers=torch.empty(0)))
 
-    @classmethod
-    def of(cls, example):
-        page = replace(example.page, questions=[], answers=[], accepted=[], history=[])
-        shown, tokens = (0, 0) if example.error else (len(example.tiles), example.answer_tokens)
-        return cls(rank(), shown, page, example.error, example.too_long, example.kept_questions, tokens)
+
+def is_own(example):
+    return not example.tiles.is_meta
 
 
 class Hands(Dataset):
-    """[(place, page)] -> [(place, example)]: what a worker makes of a rank's share of a step."""
+    """[page] -> [example]: what a worker makes of this rank's pages of a step."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, hand):
-        return [(place, self.dataset[page]) for place, page in hand]
+    def __getitem__(self, pages):
+        return [self.dataset.light(self.dataset[page]) for page in pages]
 
-    def light(self, hand):
-        return [(place, self.dataset.light(example)) for place, example in hand]
+    def light(self, examples):
+        return examples
 
 
-def hands_of(step, batch_pages, page_size):
-    """Deal the pages of a step to the ranks -> for each [(place in the step, page)], whole micro-batches.
+def hands_of(step, batch_pages, size):
+    """Deal the pages of a step to the ranks, whole micro-batches -> the pages of each.
 
     The largest goes to the rank with the least so far; none gets more than its equal share, rounded up.
     """
-    placed = list(enumerate(step))
-    batches = [placed[i:i + batch_pages] for i in range(0, len(placed), batch_pages)]
-    sizes = [sum(page_size(page) for _, page in batch) for batch in batches]
-    hands, loads, most = [[] for _ in range(size())], [0] * size(), -(-len(batches) // size())
-    for number in sorted(range(len(batches)), key=sizes.__getitem__, reverse=True):
-        to = min((r for r in range(size()) if len(hands[r]) < most), key=loads.__getitem__)
-        hands[to].append(batches[number])
-        loads[to] += sizes[number]
+    batches = sorted(data.chunks(step, batch_pages), key=lambda batch: sum(map(size, batch)), reverse=True)
+    hands, loads, most = [[] for _ in range(RANKS)], [0] * RANKS, -(-len(batches) // RANKS)
+    for batch in batches:
+        to = min((r for r in range(RANKS) if len(hands[r]) < most), key=loads.__getitem__)
+        hands[to].append(batch)
+        loads[to] += sum(map(size, batch))
     return [list(itertools.chain(*hand)) for hand in hands]
 
 
-def deal(pages, args, page_size):
-    """Yield this rank's pages of each step, as in `hands_of`, of rank 0's `pages`."""
-    def steps():
-        for _, of_epoch in itertools.groupby(pages, key=lambda page: page.epoch):
-            while step := list(itertools.islice(of_epoch, args.batch_pages * args.accumulate)):
-                yield hands_of(step, args.batch_pages, page_size)
-
-    dealt, end = steps(), [None] * size()
-    while (hand := scatter(lambda: next(dealt, end))) is not None:
-        yield hand
-
-
 def load_examples(blocks, dataset, args):
-    """Yield the examples of all pages of rank 0's `blocks`, in their order: this rank's own, of others what is Seen."""
-    hands = deal(data.prefetch(blocks) if rank() == 0 else None, args, dataset.size)
+    """Yield the examples of all pages of rank 0's `blocks`, in their order: this rank's own; others as `seen`."""
+    pages, most = data.prefetch(blocks), args.batch_pages * args.accumulate
+    steps = (hands_of(step, args.batch_pages, dataset.size)
+             for _, of_epoch in itertools.groupby(pages, key=lambda page: page.epoch)
+             for step in data.chunks(of_epoch, most))
+    hands = iter(lambda: scatter(lambda: next(steps, [None] * RANKS)), None)
     for own in data.load_examples(hands, Hands(dataset), args.workers, args.device.startswith("cuda")):
-        records = gather([(place, Seen.of(example)) for place, example in own])
-        own = dict(own)
-        for place, seen in sorted(itertools.chain(*records), key=lambda record: record[0]):
-            yield own.get(place, seen)
+        others = gather([seen(example) for example in own])
+        others[RANK] = own
+        yield from sorted(itertools.chain(*others), key=lambda example: example.page.resume)
 
 
-def validation_pages(read, run, skips, dataset):
-    """What `read()` returns on rank 0, (validation pages, blocks, rows); others get their own pages and the rows."""
+def read_pages(read, run):
+    """What `read()` returns on rank 0, (validation pages, blocks, rows); the other ranks get no blocks."""
     kept = []
 
-    def of_ranks():
-        kept[:] = pages, _, rows = read()
-        return [([page if SHARDED or i % size() == r else None for i, page in enumerate(pages)], rows, run.losses,
-                 skips.validation) for r in range(size())]
+    def on_rank_0():
+        pages, blocks, rows = read()
+        kept.append(blocks)
+        return pages, rows, run.losses
 
-    pages, rows, run.losses, validation = scatter(of_ranks)
-    if rank() and run.args.eval_every:
-        skips.leave_out([], dataset)
-        skips.validation = validation
-    return tuple(kept) or (pages, None, rows)
+    pages, rows, run.losses = from_rank_0(on_rank_0)
+    return pages, *(kept or [()]), rows
 
 
 def own(pages):
     """This rank's validation pages; all of them, which all ranks answer at once, if the weights are split."""
-    return pages if SHARDED else pages[rank()::size()]
+    return pages if SHARDED else pages[RANK::RANKS]
 
 
 def merged(results_of_own):
-    """[(example, ...)] of this rank's validation pages, an iterable -> those of all, in order; examples are Seen."""
+    """[(example, ...)] of this rank's validation pages, an iterable -> those of all, in order; examples as `seen`."""
     results, error = [], None
     for model in SHARDED:
         model.unshard()                                     # for `encode_images`, which is not the model's `forward`
     try:
         with contextlib.nullcontext() if SHARDED else SIGNAL.noticed():
-            results = [(Seen.of(example), *more) for example, *more in results_of_own]
+            results = [(seen(example), *more) for example, *more in results_of_own]
     except (Exception, SystemExit) as found:
         error = found
-    of_ranks = gather(results, error)
+    of_ranks = gather(None if SHARDED else results, error)
     for model in SHARDED:
         model.reshard()
     return results if SHARDED else [one for row in itertools.zip_longest(*of_ranks) for one in row if one]
@@ -336,25 +297,23 @@ def answers(pages, dataset, batch, make_examples, answer):
 
     `make_examples` and `answer`: as in extras/evaluate.py, with everything but pages and dataset, or examples, given.
     """
+    rounds = data.chunks(pages, ROUND * batch * RANKS)
     share = ROUND * batch
-    def hands():
-        waiting, end = iter(pages), [None] * size()
-        def of_ranks():
-            taken = list(enumerate(itertools.islice(waiting, share * size())))
-            return [taken[r * share:(r + 1) * share] for r in range(size())] if taken else end
-        while (hand := scatter(of_ranks)) is not None:
-            yield hand
 
-    for hand in make_examples(hands(), Hands(dataset)):
+    def deal():
+        taken = next(rounds, None)
+        return [taken and taken[r * share:(r + 1) * share] for r in range(RANKS)]
+
+    for hand in make_examples(iter(lambda: scatter(deal), None), Hands(dataset)):
         found, error = [], None
         try:
-            found = list(answer(example for _, example in hand))
+            found = list(answer(iter(hand)))
             for one in found:
                 one.page.images = []                        # images may be large
         except Exception as failed:
             error = failed
         first, *others = gather(found, error)
-        if rank() == 0:
+        if RANK == 0:
             for text in dict.fromkeys(f"{one.page.name}: {one.error}" for one in itertools.chain(*others) if one.error):
                 warn(f"{text}; not answered")               # those of rank 0 are printed already
             yield from itertools.chain(first, *others)
@@ -362,18 +321,16 @@ def answers(pages, dataset, batch, make_examples, answer):
 
 # ------------------------------------------------------------------------------------------------------------- step
 
-FAILED = []                             # the error of this rank's forward or backward pass, until all ranks know it
-
-
-def of_this_rank(forward_backward):
+def of_this_rank(forward_backward, accumulate):
     """A `forward_backward` for the micro-batches of this rank; `sum_gradients` raises its errors."""
+    most = -(-accumulate // RANKS)                          # micro-batches of a rank
+
     def own_part(model, micro_batches, *more):
-        own = [batch for batch in micro_batches if not isinstance(batch[0], Seen)]
+        own = [batch for batch in micro_batches if is_own(batch[0])]
         if SHARDED:
             with others_there():
-                loss = forward_backward(model, with_blanks(model, own, micro_batches), *more)
-            if not any(example.shown if isinstance(example, Seen) else len(example.tiles)
-                       for example in itertools.chain(*micro_batches)):
+                loss = forward_backward(model, with_blanks(model, own, most), *more)
+            if not any(len(example.tiles) for example in itertools.chain(*micro_batches)):
                 for parameter in (*model.vision.parameters(), *model.projector.parameters()):
                     parameter.grad = None                   # as in one process, not 0
             return loss
@@ -404,18 +361,15 @@ def sum_gradients(trained, step_loss):
 
 # ---------------------------------------------------------------------------------------------------------- --shard
 
-SHARDED = []                            # the model, if its weights are split over the ranks
-
-
 def shard(model, train, choose_parts):
     """Split the weights over the ranks of a machine; a frozen vision encoder, and trained parts if small, stay whole.
 
     `choose_parts(model, train, parameters)` makes those of them trainable that are: of one block after another, each
     split at once. Across machines, which a slow network connects, the split weights repeat.
     """
-    parts, local = set(train.split(",")), int(os.environ["LOCAL_WORLD_SIZE"])
+    parts = set(train.split(","))
     device = "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
-    mesh = init_device_mesh(device, (size(),) if local in (1, size()) else (size() // local, local))
+    mesh = init_device_mesh(device, (RANKS,) if LOCAL_RANKS in (1, RANKS) else (RANKS // LOCAL_RANKS, LOCAL_RANKS))
     half = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     large = parts & {"llm", "vision"}                       # trained parts are either all split or all whole
     if "vision" in parts:
@@ -449,18 +403,18 @@ def gathered_gb(model):
     return (max(blocks) + 2 * sum(p.numel() for p in model.language.blocks[0].parameters())) / 1e9
 
 
-def with_blanks(model, own, micro_batches):
-    """The micro-batches of this rank as every rank runs them: equally many, the largest first.
+def with_blanks(model, own, most):
+    """The micro-batches of this rank as every rank runs them: `most`, the largest first.
 
     What is missing is a page with one black tile and no answer: it adds 0 to the loss and to every gradient.
     """
-    size_of, pixels = lambda batch: sum(len(example.tiles) for example in batch), model.config.vision.tile_pixels
+    pixels = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [1], [[("", "")]],
                            template=model.config.template)
     prompt.labels = [IGNORE_INDEX] * len(prompt.labels)
     blank = data.Example(data.Page("", []), torch.zeros(1, 3, pixels, pixels, dtype=torch.uint8), prompt)
-    of_ranks = Counter(batch[0].rank if isinstance(batch[0], Seen) else rank() for batch in micro_batches)
-    return sorted(own, key=size_of, reverse=True) + [[blank]] * (max(of_ranks.values()) - len(own))
+    own = sorted(own, key=lambda batch: sum(len(example.tiles) for example in batch), reverse=True)
+    return own + [[blank]] * (most - len(own))
 
 
 def split_as(parameter, tensor):
@@ -476,6 +430,8 @@ def clip_grad_norm(trained, largest):
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
+# ----------------------------------------------------------------------------------------------------------- folder
+
 class RankFolder(RunFolder):
     """The folder of a run on several ranks: rank 0 writes, the others keep count."""
 
@@ -487,51 +443,42 @@ class RankFolder(RunFolder):
             try:
                 yield SIGNAL
             except BaseException as error:
-                for number in SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-                if SHARDED and (isinstance(error, Elsewhere) or not all_end()):
+                if SHARDED and not known_to_all(error):
                     self.whole = False                      # what is split can only be saved by all
-                if rank() == 0:
-                    JOINED["store"].set("ends", "")         # the others wait until it is saved
                 raise
 
     def restore(self, model, optimizer):
         restored = super().restore
         kept = from_rank_0(lambda: restored(model, optimizer, split_as) or (self.state, self.saved, self.losses))
         self.state, self.saved, self.losses = kept
-        if rank() and self.saved:
+        if RANK and self.saved:
             restore_checkpoint(latest_checkpoint(self.path), model, optimizer, split_as)
 
-    def skip_log(self):
-        log = super().skip_log()
-        log.path = None if rank() else log.path
-        return log
-
-    def log_validation(self, bar, pages, measures, answers):
-        if rank() == 0:
-            super().log_validation(bar, pages, measures, answers)
-        self.losses[self.state["step"]] = measures["val_loss"]
-
     def save(self, model, optimizer):
-        if rank() == 0:
+        if RANK == 0:
             super().save(model, optimizer)
         elif SHARDED:
             for _ in checkpoint_tensors(model, optimizer):
                 pass
         self.saved = self.state["step"]
 
-    def begin(self):
-        if rank() == 0:
-            super().begin()
+    if RANK:
+        begin = log = lambda *_, **__: None
 
-    def log(self, bar, **line):
-        if rank() == 0:
-            super().log(bar, **line)
+    def skip_log(self):
+        log = super().skip_log()
+        log.path = None if RANK else log.path
+        return log
+
+    def log_validation(self, bar, pages, measures, answers):
+        if RANK == 0:
+            super().log_validation(bar, pages, measures, answers)
+        self.losses[self.state["step"]] = measures["val_loss"]
 
     def finish(self, model, first, skips):
-        if rank() == 0:
+        if RANK == 0:
             super().finish(model, first, skips)
         elif SHARDED:
-            checkpoint.write_tensors = lambda *_: None          # rank 0 writes what all gather
+            checkpoint.write_tensors = lambda *_: None      # rank 0 writes what all gather
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)

@@ -40,17 +40,18 @@ def gradients(path, *tiles):
     examples = []
     for number, (page, most) in enumerate(zip(group_rows_into_pages(mixed_rows(len(tiles))), tiles)):
         page.resume, page.images = (0, 0, number), page.images * bool(most)
-        examples.append(PageDataset(model, max(1, most))[page])
+        dataset = PageDataset(model, max(1, most))
+        examples.append(dataset.light(dataset[page]))
     tokens, step = sum(example.answer_tokens for example in examples), train.forward_backward
     batches = [[example] for example in examples]
     if ranks:
-        step = ranks.of_this_rank(step)
-        dealt = random.Random(0).choices(range(ranks.size()), k=len(batches))           # also unevenly
-        batches = [[example] if to == ranks.rank() else [ranks.Seen.of(example)] for to, [example] in zip(dealt, batches)]
+        step = ranks.of_this_rank(step, len(batches))
+        dealt = random.Random(0).choices(range(ranks.RANKS), k=len(batches))           # also unevenly
+        batches = [[example] if to == ranks.RANK else [ranks.seen(example)] for to, [example] in zip(dealt, batches)]
     loss = step(model, batches, tokens, 0)
     if ranks:
         ranks.sum_gradients(trained, loss)
-    torch.save([loss, *(p.grad for p in trained)], f"{path}/{ranks.rank() if ranks else 'one'}.pt")
+    torch.save([loss, *(p.grad for p in trained)], f"{path}/{ranks.RANK if ranks else 'one'}.pt")
 
 
 def child(rank, ranks, port, program="train", flags=(), patch=""):

@@ -369,7 +369,9 @@ def shard(model, train, choose_parts):
     """
     parts = set(train.split(","))
     device = "cuda" if "nccl" in str(dist.get_backend_config()) else "cpu"
-    mesh = init_device_mesh(device, (RANKS,) if LOCAL_RANKS in (1, RANKS) else (RANKS // LOCAL_RANKS, LOCAL_RANKS))
+    splits = LOCAL_RANKS if LOCAL_RANKS > 1 else RANKS      # machines with one GPU each: over all of them
+    mesh = init_device_mesh(device, (RANKS // splits, splits), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh["shard"] if splits == RANKS else mesh
     half = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     large = parts & {"llm", "vision"}                       # trained parts are either all split or all whole
     if "vision" in parts:
@@ -382,7 +384,7 @@ def shard(model, train, choose_parts):
         policy = {"mp_policy": half} if group in [*model.language.blocks] else {}
         fully_shard(group, mesh=mesh, ignored_params=whole, **policy)
     for parameter in whole:
-        parameter.data = parameter.data.to(device)
+        parameter.data = parameter.data.to(device, copy=True)   # not mapped from the file any longer
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)          # a sum, not a mean

@@ -264,7 +264,8 @@ def check_size(model, folder, device, dtype):
     """Raise InputError for a model that is larger than the memory of its device."""
     needed, held = sum(p.numel() for p in model.parameters()) * dtype.itemsize, device_memory(device)
     if needed > held:
-        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + "--int8 of infer.py, " * (device.type != "cpu")
+        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + (
+            "--int8 of infer.py, --shard of train.py on several GPUs, " * (device.type != "cpu"))
         raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this "
                          f"{'machine' if device.type == 'cpu' else 'GPU'} has {held / 1e9:,.0f} GB of memory; take "
                          f"{advice}a smaller model or a larger machine")

@@ -146,6 +146,7 @@ def runs(pages, tmp_path_factory):
                  "--lora-dropout", 0.2]
         for name, ranks, more in (("whole", 0, ()), ("split", 2, ("--shard",)), ("recomputed", 3 if train == "all" else 2, ("--shard", "--checkpoint-activations"))):
             wanted[f"{train} {name}"] = {"ranks": ranks, "flags": [*flags, *more, "--out", folder / f"{train} {name}"]}
+    wanted["all machines"] = {"ranks": 4, "patch": "os.environ['LOCAL_WORLD_SIZE'] = '2'", "flags": [*flags, "--shard", "--out", folder / "all machines"]}
     for ranks, steps, more in ((2, 2, ("--shard",)), (3, 4, ()), (1, 6, ("--no-shard",))):
         place = ("--resume", folder / "split") if steps > 2 else (*SHORT, *grouped, *same, "--train", "all", "--out", folder / "split")
         wanted[f"split {ranks}"] = {"ranks": ranks, "flags": [*place, "--steps", steps, *more]}
@@ -205,6 +206,12 @@ def test_split_weights_train_as_whole_ones(runs, train, name):
     run, done = runs[f"{train} {name}"]
     assert set(done["status"]) == {0}, done["err"]
     assert_same(run, runs[f"{train} whole"][0], 1e-5)
+
+
+def test_weights_that_are_split_inside_two_machines_and_repeated_between_them_train_as_whole_ones(runs):
+    run, done = runs["all machines"]
+    assert done["status"] == [0] * 4, done["err"]
+    assert_same(run, runs["all whole"][0], 1e-5)
 
 
 def test_a_split_run_resumes_on_three_ranks_and_on_one_that_holds_everything(runs):

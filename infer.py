@@ -289,4 +289,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:
+        from extras.distributed import run_together as run
     run(main)

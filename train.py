@@ -521,4 +521,6 @@ def fit(args, ranks):
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:
+        from extras.distributed import run_together as run
     run(main)

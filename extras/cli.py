@@ -34,14 +34,6 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call `main()`, on every rank if torchrun started this process. See `report`."""
-    if "RANK" in os.environ:
-        from extras.distributed import run_together
-        run_together(report, main)
-    report(main)
-
-
-def report(main):
     """Call `main()`. An InputError ends the program with its line on standard error and exit status 2."""
     try:
         try:

@@ -28,13 +28,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import Dataset
 
 import data
+from extras.cli import run
 from extras.run_folder import SIGNALS, RunFolder, checkpoint_tensors, restore_checkpoint
 from model import checkpoint, internvl
 from model.checkpoint import latest_checkpoint
 from model.errors import InputError, warn
 from model.prompt import IGNORE_INDEX, write_page
 
-RANK, RANKS, LOCAL_RANKS = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+RANK, RANKS, LOCAL_RANKS = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
 ROUND = 4                               # batches of pages that each rank answers before the next rows are read
 LONGEST = timedelta(minutes=30)         # that a rank waits for another, as for rank 0 while it saves
 SHARDED = []                            # the model, if its weights are split over the ranks
@@ -47,8 +49,8 @@ class Elsewhere(InputError):
 
 # --------------------------------------------------------------------------------------------------- start and end
 
-def run_together(report, main):
-    """Meet the other ranks, run `report(main)`, end this process; of all ranks one prints why, after rank 0 saved."""
+def run_together(main):
+    """Meet the other ranks, run `main()` as `run` does, end this process; one rank prints why, after rank 0 saved."""
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= LOCAL_RANKS
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # before NCCL: else every rank takes memory on GPU 0
@@ -69,7 +71,7 @@ def run_together(report, main):
 
     status = 0
     try:
-        report(on_this_rank)
+        run(on_this_rank)
     except SystemExit as end:
         status = end.code or 0
     except BaseException:                                   # a bug

@@ -11,7 +11,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import torch
@@ -145,8 +144,8 @@ class RunFolder:
     def explain(self, error):
         """Raise InputError, one line, for an error that a run can meet beside its data."""
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
-                time.sleep(0.2)                         # not while the checkpoint is written
+            if hasattr(signal, "SIGCHLD"):              # by which torch would report the dead worker again,
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # while the checkpoint is written
             raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
                              "memory or a full /dev/shm; lower --workers or --max-tiles, then continue with --resume "
                              f"{self.path}") from error

@@ -4,6 +4,7 @@ RUNS: a JSON list of {"ranks": how many, 0: one process without torchrun, "progr
 executes first; it knows `rank`}. Prints as JSON for each run the exit statuses and the standard errors of its ranks.
 """
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -63,7 +64,8 @@ def child(rank, ranks, port, program="train", flags=(), patch=""):
         os.environ.update({name: str(value) for name, value in place.items()})
     exec(patch, globals() | {"rank": rank})
     sys.argv = [f"{program}.py", *map(str, flags)]
-    run((lambda: gradients(*flags)) if program == "gradients" else sys.modules[program].main)
+    start = importlib.import_module("extras.distributed").run_together if ranks else run
+    start((lambda: gradients(*flags)) if program == "gradients" else sys.modules[program].main)
 
 
 def fork(errors, **settings):

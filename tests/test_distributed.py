@@ -295,8 +295,8 @@ def is_child(path, parent):
 
 
 def test_without_torchrun_nothing_of_it_is_imported():
-    code = ("import sys, infer, train, data; from extras.cli import run; sys.argv = ['train.py', '--tiny', '--steps', '1', '--eval-every', '0', "
-            "'--accumulate', '1', '--out', sys.argv[1]]; run(train.main); "
+    code = ("import sys, runpy, infer, data; sys.argv = ['train.py', '--tiny', '--steps', '1', '--eval-every', '0', "
+            "'--accumulate', '1', '--out', sys.argv[1]]; runpy.run_path('train.py', run_name='__main__'); "
             "print('extras.distributed' in sys.modules, sys.modules['torch.distributed'].is_initialized())")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code, f"{folder}/run"], cwd=ROOT, capture_output=True, text=True, timeout=200,

@@ -506,6 +506,13 @@ def leave_signals_to_the_parent(_):
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+def chunks(items, size):
+    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
 def load_examples(pages, dataset, workers, pin_memory=False):
     """A DataLoader over `pages`, an iterable, that yields their examples in the same order, as `PageDataset.light`."""
     return DataLoader(dataset, sampler=pages, batch_size=None, collate_fn=dataset.light, num_workers=workers,

@@ -126,6 +126,7 @@ def conflicts(flags):
         (flags.explain and not (asked and len(flags.image) == 1), "--explain is for a QUESTION about one --image"),
         (flags.explain and (drawn or flags.json or flags.video or flags.temperature),
          "--explain follows the most likely answer; give no --show, --attend, --json, --video or --temperature"),
+        ("RANK" in os.environ and not flags.evaluate, "torchrun is for --evaluate; start it without torchrun"),
         (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
         (flags.out and not (flags.questions or flags.folder), "--out is for the answers of --questions or --folder"),
@@ -231,8 +232,12 @@ def evaluate(arguments):
     if is_synthetic(arguments.evaluate):
         raise InputError("synthetic pages have no end; draw some with python -m model.tiny.pages FOLDER N, "
                          "then give --evaluate FOLDER/questions.jsonl")
-    rows = open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain", bool(arguments.split),
-                     arguments.columns, answered=False)
+    ranks = None
+    if "RANK" in os.environ:                                # torchrun started this process: rank 0 reads and writes
+        from extras import distributed as ranks
+    helps = bool(ranks and ranks.RANK)
+    rows = [] if helps else open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain",
+                                      bool(arguments.split), arguments.columns, answered=False)
     of_files = [part for part, *_ in getattr(rows, "parts", [(rows,)]) if isinstance(part, list)]
     check_outputs(arguments, [image for part in of_files for row in part for image in row.get("images", ())])
     run_of = settings_of(arguments.model)
@@ -243,8 +248,8 @@ def evaluate(arguments):
     made_with = {name: getattr(arguments, name)
                  for name in ("model", "evaluate", "split", "instruction", "columns", *ANSWER_SETTINGS, "int8")}
     made_with["dtype"] = str(model.dtype).split(".")[-1]
-    with held(arguments.predictions, arguments.overwrite, SCORES) as path:
-        answers, table = evaluate_rows(model, rows, made_with, path, arguments.batch, arguments.allow_private)
+    with held(None if helps else arguments.predictions, arguments.overwrite, SCORES) as path:
+        answers, table = evaluate_rows(model, rows, made_with, path, arguments.batch, arguments.allow_private, ranks)
     if arguments.json:
         print(json.dumps(table, ensure_ascii=False))
     else:
@@ -285,4 +290,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:
+        from extras.distributed import run_together as run
     run(main)

@@ -10,26 +10,28 @@ is the mean of -log(probability) over all answer tokens of these pages.
 import itertools
 import math
 import os
+import random
 import re
 import sys
 import time
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FIRST_BLOCK, PageDataset, load_examples, page_blocks, prefetch
+from data import FIRST_BLOCK, PageDataset, chunks, load_examples, page_blocks, prefetch
 from extras import recipes
 from extras.cli import OneLineParser, add_row_flags, add_switch, as_flag, count, float_in, int_in, names_in, run
 from extras.memory import choose_split, peak_gb, print_step
 from extras.outputs import lock, new_folder
-from extras.run_folder import SKIPPED, RunFolder, SkipLog, next_steps
+from extras.run_folder import RunFolder, SkipLog, next_steps
 from extras.sources import count_rows, named_parts, open_rows, whole_paths
 from model import InputError, InternVL
-from model.checkpoint import has_weights, latest_checkpoint, read_settings
+from model.checkpoint import latest_checkpoint, read_settings
 from model.errors import printable, warn
 from model.lora import TARGETS, add_adapters
 from model.names import official_name, part_of
@@ -130,6 +132,7 @@ def add_machine_flags(parser):
     add_switch(group, "--checkpoint-activations",
                "recompute each block in the backward pass: less memory, a third more work")
     add_switch(group, "--compile", "compile the blocks with torch.compile")
+    add_switch(group, "--shard", "split the weights over the GPUs, for models that one cannot hold; needs torchrun")
 
 
 def parse_args():
@@ -149,8 +152,11 @@ def parse_args():
     if args.recipe:
         parser.set_defaults(**recipes.RECIPES[args.recipe][1])
     args = parser.parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("several GPUs are not supported; start it without torchrun")
+    if args.export and "RANK" in os.environ:
+        parser.error("--export is for one process; start it without torchrun")
+    if args.shard and "RANK" not in os.environ:
+        parser.error("--shard splits the weights over the processes of torchrun; start it with torchrun, or give "
+                     "--no-shard")
     if not args.export and (args.push_to_hub or args.format != "official"):
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:
@@ -213,15 +219,15 @@ def holds_out(settings):
 
 # ------------------------------------------------------------------------------------------------- model, optimizer
 
-def load_model(args):
-    """The model with its parts frozen or trainable."""
+def load_model(args, ranks=None):
+    """The model with its parts frozen or trainable, and with --shard split over the ranks of torchrun."""
     seed = None if latest_checkpoint(args.out) else args.seed               # a checkpoint holds what was drawn
-    parts = args.init.split(",") if args.init else ()
-    model = InternVL.from_pretrained(args.model, args.device, args.dtype, parts, seed, args.allow_changed)
+    parts, device = args.init.split(",") if args.init else (), "cpu" if args.shard else args.device
+    model = InternVL.from_pretrained(args.model, device, args.dtype, parts, seed, args.allow_changed)
     model.config = replace(model.config, max_tiles=args.max_tiles)       # written with the model
     if "lora" in args.train.split(","):
         add_adapters(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, args.seed)
-    choose_parts(model, args.train)
+    ranks.shard(model, args.train, choose_parts) if args.shard else choose_parts(model, args.train)
     model.vision.gradient_checkpointing = model.language.gradient_checkpointing = args.checkpoint_activations
     if args.compile:
         # each number of pages in a micro-batch needs graphs of its own; beyond 8 torch would stop compiling
@@ -239,12 +245,13 @@ def part_parameters(model):
     return parts
 
 
-def choose_parts(model, train):
-    """Make the named parts trainable, in float32; the others stay frozen."""
+def choose_parts(model, train, only=None):
+    """Make the named parts trainable, in float32; the others stay frozen. `only`: a set of parameters to look at."""
     for part, parameters in part_parameters(model).items():
         for parameter in parameters if part in train.split(",") else ():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            if only is None or parameter in only and not parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
 
 
 def rates_of(lr):
@@ -272,7 +279,7 @@ def lr_factor(progress, args):
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[args.schedule]
 
 
-def print_run(args, model):
+def print_run(args, model, ranks=None):
     """The first lines of a run: the model, the data, what is trainable, and the memory of a step."""
     if args.recipe and not args.resume:
         source, sets = recipes.RECIPES[args.recipe]
@@ -290,17 +297,10 @@ def print_run(args, model):
         drawn = [official_name(name) for name in model.state_dict() if part_of(name) in model.drawn]
         drawn = dict.fromkeys(re.sub(r"(layers)\.\d+", r"\1.#", name) for name in drawn)       # #: of every block
         print(f"drawn from --seed {args.seed}: {', '.join(drawn)}")
-    print_step(args, model)
+    print_step(args, model, ranks)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
-
-def chunks(items, size):
-    """[1, 2, 3, 4, 5], 2 -> [1, 2], [3, 4], [5]."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
-
 
 def training_steps(loader, skips, args):
     """Yield for each step all its pages, in the order of the stream, and its micro-batches, lists of examples.
@@ -315,44 +315,50 @@ def training_steps(loader, skips, args):
         skips.check_limit()
 
 
-def open_data(args, model, run, skips):
-    """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
+def open_pages(args, dataset, run):
+    """-> (validation pages, blocks of pages from where the run stands on, rows in all epochs)."""
     state, hold_out = run.state, holds_out(vars(args))
     rows = open_rows(args.data, "train", args.seed, args.domain, hold_out, args.columns)
     all_rows = args.epochs * count_rows(rows, args.data) if args.epochs else math.inf
-    dataset, held_out, pages = PageDataset(model, args.max_tiles, args.max_length, args.allow_private), [], []
+    held_out, pages = [], []
     if args.eval_every:
         held_out = open_rows(args.eval_data or args.data, "validation", 0, args.domain, hold_out, args.columns)
         blocks = page_blocks(held_out, shuffle=False, block_rows=EVAL_BLOCK, instruction=args.instruction)
         pages = list(itertools.islice(itertools.chain.from_iterable(blocks), args.eval_pages))
-        skips.leave_out(pages if args.eval_data else [], dataset)
     run.compare_data(rows, held_out, pages)                     # keeps the pages' images: the same every time
-    validation = load_examples(pages, dataset, args.workers)
-    iter(validation)                        # its workers are forked now, before a thread reads training rows
     print(f"reading {printable(args.data)} from epoch {state['epoch']}, block {state['block']} "
           f"({args.look_ahead:,} rows in a block, {min(FIRST_BLOCK, args.look_ahead):,} in the first)")
     blocks = page_blocks(rows, args.epochs, args.seed, args.shuffle, args.look_ahead,
                          (state["epoch"], state["block"], state["index"]),
                          (dataset.size, args.batch_pages) if args.group_by_length else None,
                          instruction=args.instruction)
-    loader = load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda"))
+    return pages, blocks, all_rows
+
+
+def open_data(args, model, run, skips, ranks):
+    """-> (validation pages, a loader of their examples, steps from where the run stands on, rows in all epochs)."""
+    dataset = PageDataset(model, args.max_tiles, args.max_length, args.allow_private)
+    read = partial(open_pages, args, dataset, run)
+    pages, blocks, all_rows = ranks.read_pages(read, run) if ranks else read()
+    if args.eval_every:
+        skips.leave_out(pages if args.eval_data else [], dataset)
+    validation = load_examples(ranks.own(pages) if ranks else pages, dataset, args.workers)
+    iter(validation)                        # its workers are forked now, before a thread reads training rows
+    loader = (ranks.load_examples(blocks, dataset, args) if ranks else
+              load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda")))
     return pages, validation, training_steps(loader, skips, args), all_rows
 
 
 # ------------------------------------------------------------------------------------------------------- validation
 
 @torch.no_grad()
-def evaluate(model, examples):
-    """Validate on some examples -> (measures, answers).
-
-    measures: val_loss, the mean of -log(probability) over all answer tokens; exact_match and anls of the
-    greedy answers, 0 to 1. answers: one dict per question.
-    """
+def validate(model, examples):
+    """Yield (example, its loss, the answers to its questions, how many could not be answered)."""
     from extras.evaluate import answer_batch
-    from extras.score import anls, exact_match
-    model.eval()
-    total, tokens, answers, failed, skips = 0.0, 0, [], 0, SkipLog()
-    for example in filter(skips.usable, examples):
+    for example in examples:
+        if example.error:
+            yield example, 0.0, [], 0
+            continue
         page, tiles = example.page, example.tiles
         batch = model.pack([(tiles, example.prompt)])
         if len(tiles):
@@ -360,13 +366,28 @@ def evaluate(model, examples):
         loss = answer_loss(model(batch), batch.targets).item()
         if not math.isfinite(loss):
             raise InputError(f"validation page {page.name}: loss {loss}; look at the page, or lower --lr")
-        total, tokens = total + loss, tokens + example.answer_tokens
         longest = int(batch.branches[0][batch.answer_index.cpu() + 1].bincount().max())
         with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
             answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=max(LONGEST_ANSWER, longest))
-        failed += sum(bool(one.error) for one in answered)
-        answers += [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
-                     "expected": page.accepted[one.index]} for one in answered]
+        yield example, loss, [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
+                               "expected": page.accepted[one.index]} for one in answered
+                              ], sum(bool(one.error) for one in answered)
+
+
+def evaluate(model, examples, ranks=None):
+    """Validate on some examples -> (measures, answers).
+
+    measures: val_loss, the mean of -log(probability) over all answer tokens; exact_match and anls of the
+    greedy answers, 0 to 1. answers: one dict per question.
+    """
+    from extras.score import anls, exact_match
+    model.eval()
+    total, tokens, answers, failed, skips = 0.0, 0, [], 0, SkipLog()
+    validated = validate(model, examples)
+    for example, loss, of_page, not_answered in ranks.merged(validated) if ranks else validated:
+        if skips.usable(example):
+            total, tokens, answers = total + loss, tokens + example.answer_tokens, answers + of_page
+            failed += not_answered
     skips.check_limit()
     if skips.lines or failed:
         warn(f"validation: {skips}; {failed} questions not answered, which counts as wrong")
@@ -391,16 +412,32 @@ def check_step(step, loss, norm, examples, trained, args):
         warn(f"step {step}: no page has an image, so --train {args.train} has no gradient")
 
 
-def train(args, run, model, optimizer, data, bar, stop):
+def forward_backward(model, micro_batches, tokens, seed):
+    """Add the gradients of a step's micro-batches to `.grad`; returns its loss. `tokens`: answer tokens of the step."""
+    step_loss = torch.zeros((), device=model.device)
+    for micro_batch in micro_batches:
+        draw = random.Random(f"{seed} {micro_batch[0].page.resume}")
+        torch.manual_seed(draw.getrandbits(63))                         # dropout: a resumed run draws the same
+        batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
+        loss = answer_loss(model(batch), batch.targets) / tokens
+        if loss.requires_grad:                                          # False: projector only, and no image
+            loss.backward()                                             # adds to .grad; frees the activations
+        step_loss += loss.detach()
+    return step_loss
+
+
+def train(args, run, model, optimizer, data, bar, stop, ranks):
     """Validate, save, and take one optimizer step after another, until --steps or --epochs are over."""
     pages, validation, steps, all_rows = data
+    step_of = ranks.of_this_rank(forward_backward, args.accumulate) if ranks else forward_backward
+    clip = ranks.clip_grad_norm if ranks else torch.nn.utils.clip_grad_norm_
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     while True:
         stop.allow()                                            # a signal ends a validation or a wait for pages
         step = run.state["step"]
         last = args.steps is not None and step >= args.steps
         if args.eval_every and step not in run.losses and (last or step % args.eval_every == 0):
-            run.log_validation(bar, pages, *evaluate(model, validation))
+            run.log_validation(bar, pages, *evaluate(model, validation, ranks))
         stop.hold()                                             # but not a checkpoint, nor a step
         if step > run.saved and (last or args.save_every and step % args.save_every == 0):
             run.save(model, optimizer)
@@ -421,16 +458,11 @@ def train(args, run, model, optimizer, data, bar, stop):
 
         # ------------------------------------------------------------------------------------- one optimizer step
         model.train()
-        torch.manual_seed((args.seed * 1_000_003 + step) % 2 ** 63)     # dropout: a resumed run draws the same
         tokens = sum(example.answer_tokens for example in examples)     # of the whole step: every token weighs the same
-        step_loss = torch.zeros((), device=model.device)
-        for micro_batch in run.micro_batches:
-            batch = model.pack([(example.tiles, example.prompt) for example in micro_batch])
-            loss = answer_loss(model(batch), batch.targets) / tokens
-            if loss.requires_grad:                                      # False: projector only, and no image
-                loss.backward()                                         # adds to .grad; frees the activations
-            step_loss += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        step_loss = step_of(model, run.micro_batches, tokens, args.seed)
+        if ranks:
+            ranks.sum_gradients(trained, step_loss)
+        norm = clip(trained, args.clip or math.inf)
         loss, norm = torch.stack([step_loss, norm]).tolist()            # waits for the device
         check_step(step + 1, loss, norm, examples, trained, args)
         for group in optimizer.param_groups:
@@ -453,38 +485,42 @@ def main():
     if args.export:
         from extras.export import export
         return export(*args.export, args.format, args.push_to_hub, args.allow_changed)
-    with (lock(args.out) if args.resume else
-          new_folder(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}", free=not args.out)) as folder:
+    ranks = None
+    if "RANK" in os.environ:                                # torchrun started several processes, or one
+        from extras import distributed as ranks
+    folder = (lock(args.out) if args.resume else
+              new_folder(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}", free=not args.out))
+    with ranks.on_rank_0(folder) if ranks else folder as folder:
         args.out = str(folder)
-        fit(args)
+        fit(args, ranks)
 
 
-def fit(args):
-    """Train, in a folder that is locked."""
-    run = RunFolder(args)
+def fit(args, ranks):
+    """Train, in a folder that is locked; on several `ranks`, the module of that name, or in one process."""
+    run = ranks.RankFolder(args) if ranks else RunFolder(args)
     if all(Path(name).is_file() for name, _ in named_parts(args.data)):
         open_rows(args.data, "train", hold_out=False)       # a malformed row is refused before a model is loaded
-    model = load_model(args)
+    model = load_model(args, ranks)
     run.compare("base_fingerprint", model.fingerprint, f"base model {args.model}")
     recipes.fit_to_size(args, rates_of(args.lr), sum(parameter.numel() for parameter in model.parameters()))
     choose_split(args, model)
-    print_run(args, model)
+    if ranks:
+        ranks.share_settings(args)
+    print_run(args, model, ranks)
     optimizer = make_optimizer(model, args)
     with (tqdm(total=100, bar_format=PROGRESS, file=sys.stderr) as bar, run.ending(model, optimizer) as stop):
         run.restore(model, optimizer)
-        first, skips = run.state["step"], SkipLog(run.path / SKIPPED, run.state["epoch"], run.state["pages"])
-        data = open_data(args, model, run, skips)
+        first, skips = run.state["step"], run.skip_log()
+        data = open_data(args, model, run, skips, ranks)
         run.begin()
-        train(args, run, model, optimizer, data, bar, stop)
-        step = run.state["step"]
-        if step == 0 or step == first and has_weights(run.path):
-            raise InputError(f"{run.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
-                             "or look at --data")
-        model.save_pretrained(run.path)
-    print(f"{count(step, 'step')}, {count(run.state['questions'], 'question')}; {skips}; "
+        train(args, run, model, optimizer, data, bar, stop, ranks)
+        run.finish(model, first, skips)
+    print(f"{count(run.state['step'], 'step')}, {count(run.state['questions'], 'question')}; {skips}; "
           f"peak memory: {peak_gb(args.device):.2f} GB")
     print(next_steps(run.path))
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:
+        from extras.distributed import run_together as run
     run(main)

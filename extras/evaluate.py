@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -327,7 +328,7 @@ def read_answers(path, mark):
 
 # ----------------------------------------------------------------------------------------------------------- --evaluate
 
-def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False):
+def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False, ranks=None):
     """Answer and score all questions of some rows -> (a dict per question, as `score_table` takes them; its table).
 
     `settings`: {flag: value} of everything that the answers depend on. `path`: the challenge's predictions, written at
@@ -348,10 +349,11 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
         return answers.keys()
 
     blocks = page_blocks(rows, shuffle=False, answered=False, instruction=instruction)
-    examples = make_examples(model, unanswered(blocks, earlier, lines, waiting),
-                             PageDataset(model, settings["max_tiles"], None, allow_private))
+    pages = unanswered(blocks, earlier, lines, waiting)
+    dataset = PageDataset(model, settings["max_tiles"], None, allow_private)
+    make, reply = partial(make_examples, model), partial(answer, model, batch=batch, **generation)
     with tqdm(unit=" questions", file=sys.stderr) as bar:
-        for one in answer(model, examples, batch, **generation):
+        for one in ranks.answers(pages, dataset, batch, make, reply) if ranks else reply(make(pages, dataset)):
             line = waiting.popleft()
             if line["answer"] is None:
                 line["answer"], line["error"] = one.text, one.error

@@ -5,6 +5,7 @@
 The activations are by far the most and grow with the tokens of a micro-batch. They are counted, not derived: autograd
 reports what it saves for a page of one tile and for one of two; the difference is the cost of every further tile.
 """
+import os
 import re
 import sys
 from pathlib import Path
@@ -44,25 +45,39 @@ def held_gb(device):
     return int(pages.read_text().split()[1]) * 4096 / 1e9 if pages.exists() else peak_gb(device)
 
 
+def of_this_rank(parameter):
+    """A parameter, or with --shard the part of it that this rank holds."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 def saved_gb(model, tiles):
     """What autograd saves in one forward pass over a page of so many tiles, in GB, without parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved = {}
+    parameters = {of_this_rank(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved, gathered = {}, set()
+
+    def used_by(module, _):                                     # with --shard its weights are whole for a moment
+        gathered.clear()
+        gathered.update(parameter.untyped_storage().data_ptr() for parameter in module.parameters(recurse=False))
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters | gathered:
             saved[storage.data_ptr()] = storage.nbytes()        # several saved tensors may be views of one storage
         return tensor.detach()                                  # the tensor itself would keep its graph alive
 
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
                            template=model.config.template)
+    hooks = [module.register_forward_pre_hook(used_by) for module in (*model.modules(),)[1:]]
     counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
         loss = F.cross_entropy(model(batch).float(), batch.targets, reduction="sum")
     del loss                                            # alive until here, so that no storage is reused
+    for hook in hooks:
+        hook.remove()
+    if hasattr(model, "reshard"):                       # --shard: only a backward pass would split all of it again
+        model.reshard()
     return sum(saved.values()) / 1e9
 
 
@@ -73,13 +88,14 @@ def step_gb(model, max_tiles, batch_pages):
     """
     max_tiles = max_tiles if model.config.tiled else 1
     tiles, advice = max_tiles + (model.config.thumbnail and max_tiles > 1), (
-        "try --checkpoint-activations, fewer tiles (--max-tiles), --train lora, a smaller model or a larger GPU")
+        "try --checkpoint-activations, fewer tiles (--max-tiles), --train lora or a smaller model; with several GPUs, "
+        "start them with torchrun and use --shard")
     held = held_gb(str(model.device))
     try:
         one, two = saved_gb(model, 1), saved_gb(model, 2)
     except torch.OutOfMemoryError as error:
         raise InputError(f"the memory is too small for a step on a page of two tiles; {advice}") from error
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(of_this_rank(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
     needed = {"in use now": held, "gradients and optimizer": 12 * trained / 1e9,  # float32: one gradient, two moments
               "activations": batch_pages * (one + (tiles - 1) * (two - one))}
     if (total := sum(needed.values())) > (most := device_memory(model.device) / 1e9):
@@ -95,7 +111,8 @@ def room_gb(device):
 def choose_split(args, model):
     """Set --batch-pages and --accumulate if not given: 8 pages a step, on a GPU as many of them at once as fit."""
     if args.batch_pages is None and args.accumulate is None and args.device.startswith("cuda"):
-        args.batch_pages = fitting_pages(model, args.max_tiles, room_gb(args.device))
+        most = max(1, STEP_PAGES // int(os.environ.get("WORLD_SIZE", 1)))     # every rank of torchrun needs one
+        args.batch_pages = min(most, fitting_pages(model, args.max_tiles, room_gb(args.device)))
         args.accumulate = STEP_PAGES // args.batch_pages
         print(f"a step: {args.accumulate} x {args.batch_pages} pages, as many at once as should fit into memory")
     args.batch_pages, args.accumulate = args.batch_pages or 1, args.accumulate or STEP_PAGES
@@ -139,9 +156,11 @@ def attention_kernels(model):
     return kernels.found
 
 
-def print_step(args, model):
+def print_step(args, model, ranks=None):
     """Print the estimated memory of a step and, on a GPU, the kernels of its attention."""
     needed = step_gb(model, args.max_tiles, args.batch_pages)
+    if args.shard:
+        needed["gathered for a moment"] = ranks.gathered_gb(model)
     print(f"estimated memory of a step on pages of {args.max_tiles if model.config.tiled else 1} tiles: "
           f"{sum(needed.values()):.2f} GB (" + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     if args.device.startswith("cuda"):

@@ -11,7 +11,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import torch
@@ -86,14 +85,14 @@ class RunFolder:
             self.losses = {}
             keep_lines(self.path / METRICS, lambda line: "val_loss" not in line)
 
-    def restore(self, model, optimizer):
+    def restore(self, model, optimizer, *split_as):
         """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
         for half in (*self.path.glob("*.part"), *self.path.glob(f"{CHECKPOINTS}/*.part")):
             if is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
                 shutil.rmtree(half, ignore_errors=True)
         newest = latest_checkpoint(self.path)
         if newest:
-            state = restore_checkpoint(newest, model, optimizer)
+            state = restore_checkpoint(newest, model, optimizer, *split_as)
             if state.keys() != self.state.keys():
                 raise InputError(f"{newest}: written by another version of train.py; finish the run with that one")
             self.state, self.saved = state, state["step"]
@@ -103,6 +102,10 @@ class RunFolder:
         self.losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         keep_lines(self.path / SAMPLES, lambda line: line["step"] in self.losses)
         keep_lines(self.path / SKIPPED, lambda line: position(line) <= place)
+
+    def skip_log(self):
+        """What is skipped from here on, added to what was skipped before."""
+        return SkipLog(self.path / SKIPPED, self.state["epoch"], self.state["pages"])
 
     def begin(self):
         """Write the settings, once model and data are there; of a resumed run print what changes, `save` writes it."""
@@ -141,8 +144,8 @@ class RunFolder:
     def explain(self, error):
         """Raise InputError, one line, for an error that a run can meet beside its data."""
         if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-            with contextlib.suppress(RuntimeError):     # torch may report a dead worker again, by a signal:
-                time.sleep(0.2)                         # not while the checkpoint is written
+            if hasattr(signal, "SIGCHLD"):              # by which torch would report the dead worker again,
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)                   # while the checkpoint is written
             raise InputError(f"a worker process was killed ({str(error).splitlines()[0]}), perhaps for its "
                              "memory or a full /dev/shm; lower --workers or --max-tiles, then continue with --resume "
                              f"{self.path}") from error
@@ -195,6 +198,14 @@ class RunFolder:
         keep_newest(self.path, self.args.keep, self.losses, self.args.run_id)
         for name in (WEIGHTS, INDEX):
             (self.path / name).unlink(missing_ok=True)          # of an earlier end of this run: the checkpoint is newer
+
+    def finish(self, model, first, skips):
+        """Write the model, at the end of a run that began after step `first`."""
+        step = self.state["step"]
+        if step == 0 or step == first and checkpoint.has_weights(self.path):
+            raise InputError(f"{self.path}: nothing to do after step {step} ({skips}); raise --steps or --epochs, "
+                             "or look at --data")
+        model.save_pretrained(self.path)
 
 
 def position(line):
@@ -392,11 +403,7 @@ def save_checkpoint(path, model, optimizer, state, run_id=""):
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    parameters = stored_parameters(model)
-    tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in parameters.items()
-                for kind, value in optimizer.state.get(parameter, {}).items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = dict(checkpoint_tensors(model, optimizer))
     state = json.dumps(state)
     metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state), "run_id": run_id}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
@@ -408,19 +415,32 @@ def save_checkpoint(path, model, optimizer, state, run_id=""):
                          f"continue with --resume {path.parent.parent}") from error
 
 
-def restore_checkpoint(path, model, optimizer):
+def checkpoint_tensors(model, optimizer):
+    """Yield (name, tensor on the CPU) of a checkpoint; what is split over several ranks is gathered on each."""
+    parameters = stored_parameters(model)
+    tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    tensors |= {f"optimizer.{kind}.{name}": value for name, parameter in parameters.items()
+                for kind, value in optimizer.state.get(parameter, {}).items()}
+    for name, tensor in tensors.items():
+        yield name, getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
+
+
+def restore_checkpoint(path, model, optimizer, split_as=lambda parameter, tensor: tensor):
     """Copy a checkpoint's tensors into a model and the state of its optimizer; returns the `state` saved with them.
 
+    `split_as`: makes of a whole tensor what a parameter's rank holds of it.
     Raises InputError for a file that is damaged or not of this model with these trained parts.
     """
     parameters = stored_parameters(model)
     held, saved, state, scale = checkpoint.read_checkpoint(path, parameters)
-    lora.lay_over(model, held, scale, path)
+    split = {name: split_as(parameters[name], tensor) for name, tensor in held.items() if name in parameters}
+    lora.lay_over(model, held | split, scale, path)
     for key, tensor in saved.items():
         kind, _, name = key.partition(".")
         if name not in parameters or tensor.shape != (() if kind == "step" else parameters[name].shape):
             raise InputError(f"{path}: {kind} of {name} {tuple(tensor.shape)} is not of this model")
         on_cpu = kind == "step" and not optimizer.defaults["fused"]         # where AdamW counts its steps
+        tensor = tensor if kind == "step" else split_as(parameters[name], tensor)
         optimizer.state[parameters[name]][kind] = tensor if on_cpu else tensor.to(parameters[name].device)
     return state
 

@@ -275,7 +275,8 @@ def check_size(model, folder, device, dtype):
     """Raise InputError for a model that is larger than the memory of its device."""
     needed, held = sum(p.numel() for p in model.parameters()) * dtype.itemsize, device_memory(device)
     if needed > held:
-        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + "--int8 of infer.py, " * (device.type != "cpu")
+        advice = "--dtype bfloat16, " * (dtype.itemsize > 2) + (
+            "--int8 of infer.py, --shard of train.py on several GPUs, " * (device.type != "cpu"))
         raise InputError(f"{folder}: its config.json describes {needed / 1e9:,.0f} GB of weights, this "
                          f"{'machine' if device.type == 'cpu' else 'GPU'} has {held / 1e9:,.0f} GB of memory; take "
                          f"{advice}a smaller model or a larger machine")
@@ -352,7 +353,7 @@ def tensors_of_binary(path, skip):
                     and part.layout == torch.strided and part.device.type == "cpu"):
                 raise ValueError(f"{str(name)[:60]!r} is not a tensor with values")
     except Exception as error:                  # what torch.load raises for a broken file has no common class
-        reason = " ".join(str(error).split())[-200:] or type(error).__name__
+        reason = " ".join(str(error).partition("Check the documentation")[0].split())[-120:] or type(error).__name__
         raise InputError(f"{path}: refused, it holds more than tensors or is not whole ({reason}); download or copy "
                          "the published file again") from error
     kinds = {dtype: kind for kind, dtype in STORED_DTYPES.items()}

@@ -65,6 +65,7 @@ class InternVL(nn.Module):
         self.language = Decoder(config.language)
         self.dtype = torch.float32
         self.tokenizer = None
+        self.sharded = False            # weights are split over processes, which gather them equally often
         # cuDNN's attention, torch's first choice on Hopper and Blackwell, plans 23 to 37 ms for every new number of
         # queries and keys, and nearly every page and every decoded token has a new one
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -167,6 +168,8 @@ class InternVL(nn.Module):
         if len(batch.tiles):
             image_tokens = self.encode_images(batch.tiles) if batch.image_tokens is None else batch.image_tokens
             x = x.index_copy(0, batch.image_index, image_tokens)                # image tokens take their places
+        elif self.sharded and self.training:                    # a black tile, of which nothing is used
+            x = x + 0 * self.encode_images(batch.tiles.new_zeros(1, *batch.tiles.shape[1:])).sum()
         caches = caches or [None] * len(batch.branches)
         pages = [page_mask(*page) for page in zip(batch.branches, caches, batch.spans)]
         x = self.language(x, batch.positions, pages, batch.answer_index, batch.image_index)     # (A, D)

@@ -86,6 +86,7 @@ def adapters(model):
 def merged(model, name):
     """A tensor of the model by our name; an adapter is added to its layer's weight, in float32."""
     tensor, layer = model.get_parameter(name).detach(), model.get_submodule(name.rpartition(".")[0])
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor             # split over several ranks
     adapter = getattr(layer, "adapter", None) if name.endswith(".weight") else None
     return tensor if adapter is None else tensor.float() + adapter.merged_delta()
 

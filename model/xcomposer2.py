@@ -4,7 +4,7 @@
     questions --------------------------------------------> prompt (L) -> embedding (L, 4096) --- splice ---> InternLM2
 
 An image is one square, whatever its shape. Partial LoRA, low-rank weights beside five matrices of InternLM2, acts on
-image tokens only. Their places travel with the row; without any, as in decoding, nothing is computed.
+image tokens only. Their places travel with the row; in decoding, where none are read, nothing is computed.
 
 Source: InternLM-XComposer2 (arXiv 2401.16420), section 3; `modeling_internlm_xcomposer2.py`, `modeling_internlm2.py`
 and `build_mlp.py` beside the weights; openai/clip-vit-large-patch14-336.
@@ -148,9 +148,9 @@ class PartialBlock(language.Block):
         self.partial_down = PartialLoRA(config, config.mlp_width, config.width)
 
     def forward(self, x, row, rows=slice(None)):
-        # image tokens as a mask (L, 1): 1 or 0, of the dtype of x; None where there are none, as in decoding
-        has_images = row.images is not None and len(row.images)
-        images = x.new_zeros(len(x), 1).index_fill(0, row.images, 1) if has_images else None
+        # image tokens as a mask (L, 1), 1 or 0, of the dtype of x; None in decoding. A row without images has a mask of
+        # zeros, so that every trained weight gets a gradient on every rank
+        images = None if row.images is None else x.new_zeros(len(x), 1).index_fill(0, row.images, 1)
         seen = self.attention(self.attention_norm(x), row._replace(images=images))
         [seen] = self.attention.partial_out(seen, images, self.attention.out(seen))
         x, images = (x + seen)[rows], images if images is None else images[rows]

@@ -113,8 +113,10 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_accumulation_shown_is_that_of_train_py():
     shown = next(code for code in blocks(TEXTS[ENGLISH], "python") if "backward" in code)
-    fenced = re.search(r"-- one optimizer step\n(.*?)# -{60}", (ROOT / "train.py").read_text(encoding="utf-8"), re.DOTALL).group(1)
-    source = [without_comment(line) for line in fenced.splitlines()]
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    fenced = re.search(r"-- one optimizer step\n(.*?)# -{60}", text, re.DOTALL).group(1)
+    passes = re.search(r"\ndef forward_backward\(.*?\n(.*?)\n\n\n", text, re.DOTALL).group(1)
+    source = [without_comment(line) for line in (fenced + passes).splitlines()]
     places = [source.index(without_comment(line)) for line in shown.splitlines()]          # ValueError for a line that is not there
     assert len(places) == 5 and places == sorted(places)
 

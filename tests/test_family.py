@@ -349,7 +349,7 @@ def test_a_model_or_a_step_that_does_not_fit_says_what_would(folder_of, monkeypa
     model = InternVL.from_pretrained(folder_of("InternVL2-2B"), "cpu")
     monkeypatch.setattr(memory, "device_memory", lambda device: 1e6)
     memory.step_gb(model, 1, 1)
-    assert "a step on pages of 1 tiles needs about" in (err := capsys.readouterr().err) and "--checkpoint-activations" in err and "--train lora" in err
+    assert "a step on pages of 1 tiles needs about" in (err := capsys.readouterr().err) and "--checkpoint-activations" in err and "--train lora" in err and "use --shard" in err
     monkeypatch.setattr(checkpoint, "device_memory", lambda device: 2e6)
     with pytest.raises(InputError, match="GB of weights, this machine has .* take --dtype bfloat16, a smaller model"):
         InternVL.from_pretrained(folder_of("InternVL2-2B"), "cpu")

@@ -126,6 +126,8 @@ def conflicts(flags):
         (flags.explain and not (asked and len(flags.image) == 1), "--explain is for a QUESTION about one --image"),
         (flags.explain and (drawn or flags.json or flags.video or flags.temperature),
          "--explain follows the most likely answer; give no --show, --attend, --json, --video or --temperature"),
+        ("RANK" in os.environ and ":" in (flags.device or ""),
+         "--device names one GPU, and torchrun gives each process its own; give --device cuda"),
         ("RANK" in os.environ and not flags.evaluate, "torchrun is for --evaluate; start it without torchrun"),
         (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),

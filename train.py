@@ -152,6 +152,8 @@ def parse_args():
     if args.recipe:
         parser.set_defaults(**recipes.RECIPES[args.recipe][1])
     args = parser.parse_args()
+    if "RANK" in os.environ and ":" in (args.device or ""):
+        parser.error("--device names one GPU, and torchrun gives each process its own; give --device cuda")
     if args.export and "RANK" in os.environ:
         parser.error("--export is for one process; start it without torchrun")
     if args.shard and "RANK" not in os.environ:

@@ -132,7 +132,7 @@ def runs(pages, tmp_path_factory):
         place = ("--resume", folder / "resumed") if steps > 2 else (*SHORT, *grouped, *same, "--out", folder / "resumed")
         wanted[f"resumed {ranks}"] = {"ranks": ranks, "flags": [*place, "--steps", steps]}
     wanted["uninterrupted"] = {"ranks": 0, "flags": [*SHORT, *grouped, *same, "--steps", 6, "--out", folder / "uninterrupted"]}
-    for name, ranks, flags in (("too many", 3, ("--accumulate", 2)), ("wrong flag", 2, ("--batch-pages", 0)), ("no model", 2, ("--model", "nowhere")),
+    for name, ranks, flags in (("too many", 3, ("--accumulate", 2)), ("wrong flag", 2, ("--batch-pages", 0)), ("one GPU", 2, ("--device", "cuda:0")), ("no model", 2, ("--model", "nowhere")),
                                ("rows", 2, ("--data", pages.parent))):
         wanted[name] = {"ranks": ranks, "flags": [*SHORT, "--model", "tiny", "--data", pages, "--out", folder / name, *flags]}
     for name, ranks, predictions in (("answers", 0, ()), ("answers", 3, ()), ("resumed answers", 2, folder / "answers 3.json")):
@@ -220,7 +220,7 @@ def test_a_split_run_resumes_on_three_ranks_and_on_one_that_holds_everything(run
     assert_same(runs["not split"][0].with_name("split"), runs["not split"][0], 1e-5)
 
 
-@pytest.mark.parametrize("name, text", [("too many", "--accumulate"), ("wrong flag", "--batch-pages"), ("no model", "nowhere"), ("rows", "no column question")])
+@pytest.mark.parametrize("name, text", [("too many", "--accumulate"), ("wrong flag", "--batch-pages"), ("one GPU", "--device"), ("no model", "nowhere"), ("rows", "no column question")])
 def test_what_is_wrong_from_the_start_is_one_line_of_one_rank(runs, name, text):
     _, done = runs[name]
     assert set(done["status"]) == {2}, done

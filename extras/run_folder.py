@@ -113,7 +113,7 @@ class RunFolder:
         if self.args.resume:
             before = checkpoint.read_settings(self.path)
             for key in [key for key in kept if key in before and key not in MADE_OF]:
-                if str(kept[key]) != str(before[key]):
+                if kept[key] != before[key] and str(kept[key]) != str(before[key]):
                     print(f"changed: {as_flag(key, before[key])} -> {as_flag(key, kept[key])}")
         else:
             write_text(self.path / SETTINGS, json.dumps(kept, indent=2) + "\n")

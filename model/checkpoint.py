@@ -445,7 +445,7 @@ def save(model, folder):
         folder.mkdir(parents=True, exist_ok=True)
         copy_files(model, folder, BESIDE_WEIGHTS)
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        new = config | {"max_dynamic_patch": model.config.max_tiles}                            # others cut pages by it
+        new = config | ({"max_dynamic_patch": model.config.max_tiles} if model.config.tiled else {})  # others cut by it
         new |= {key: 0 for key in ("use_llm_lora", "use_backbone_lora") if config.get(key)}     # merged now
         if new != config:
             write_text(folder / CONFIG, json.dumps(new, indent=2) + "\n")

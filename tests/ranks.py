@@ -24,8 +24,8 @@ from extras import evaluate, plots  # noqa: E402, F401
 from extras.cli import run  # noqa: E402
 
 
-def gradients(path, *tiles):
-    """Write the gradients of a step in float64, of a page for each number of tiles; the projector and the LLM are trained."""
+def gradients(path, dtype, *tiles):
+    """Write the loss and the gradients of a step in `dtype`, of a page for each number of tiles; the projector and the LLM are trained."""
     import random
 
     from small_data import mixed_rows
@@ -33,8 +33,8 @@ def gradients(path, *tiles):
     from data import PageDataset, group_rows_into_pages
     from model import InternVL
     ranks = sys.modules.get("extras.distributed")
-    model = InternVL.from_pretrained("tiny", "cpu").double()
-    model.dtype = torch.float64
+    model = InternVL.from_pretrained("tiny", "cpu").to(getattr(torch, dtype))
+    model.dtype = getattr(torch, dtype)
     trained = [*model.projector.parameters(), *model.language.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)

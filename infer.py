@@ -126,8 +126,6 @@ def conflicts(flags):
         (flags.explain and not (asked and len(flags.image) == 1), "--explain is for a QUESTION about one --image"),
         (flags.explain and (drawn or flags.json or flags.video or flags.temperature),
          "--explain follows the most likely answer; give no --show, --attend, --json, --video or --temperature"),
-        ("RANK" in os.environ and ":" in (flags.device or ""),
-         "--device names one GPU, and torchrun gives each process its own; give --device cuda"),
         ("RANK" in os.environ and not flags.evaluate, "torchrun is for --evaluate; start it without torchrun"),
         (drawn and not (asked and pictures), "--show and --attend are for a QUESTION about an --image or a --video"),
         ("-" in flags.image and not asked, "--image - reads the image from standard input; give a QUESTION beside it"),
@@ -237,6 +235,7 @@ def evaluate(arguments):
     ranks = None
     if "RANK" in os.environ:                                # torchrun started this process: rank 0 reads and writes
         from extras import distributed as ranks
+        ranks.check_device(arguments.device)
     helps = bool(ranks and ranks.RANK)
     rows = [] if helps else open_rows(arguments.evaluate, arguments.split or "validation", 0, "plain",
                                       bool(arguments.split), arguments.columns, answered=False)

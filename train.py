@@ -152,8 +152,6 @@ def parse_args():
     if args.recipe:
         parser.set_defaults(**recipes.RECIPES[args.recipe][1])
     args = parser.parse_args()
-    if "RANK" in os.environ and ":" in (args.device or ""):
-        parser.error("--device names one GPU, and torchrun gives each process its own; give --device cuda")
     if args.export and "RANK" in os.environ:
         parser.error("--export is for one process; start it without torchrun")
     if args.shard and "RANK" not in os.environ:
@@ -344,7 +342,7 @@ def open_data(args, model, run, skips, ranks):
     pages, blocks, all_rows = ranks.read_pages(read, run) if ranks else read()
     if args.eval_every:
         skips.leave_out(pages if args.eval_data else [], dataset)
-    validation = load_examples(ranks.own(pages) if ranks else pages, dataset, args.workers)
+    validation = load_examples(ranks.pages_of_this_rank(pages) if ranks else pages, dataset, args.workers)
     iter(validation)                        # its workers are forked now, before a thread reads training rows
     loader = (ranks.load_examples(blocks, dataset, args) if ranks else
               load_examples(prefetch(blocks), dataset, args.workers, pin_memory=args.device.startswith("cuda")))
@@ -371,9 +369,9 @@ def validate(model, examples):
         longest = int(batch.branches[0][batch.answer_index.cpu() + 1].bincount().max())
         with torch.compiler.set_stance("force_eager"):          # decoding changes its shapes at every token
             answered = answer_batch(model, [example], batch.image_tokens, max_new_tokens=max(LONGEST_ANSWER, longest))
-        yield example, loss, [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
-                               "expected": page.accepted[one.index]} for one in answered
-                              ], sum(bool(one.error) for one in answered)
+        answers = [{"page": page.name, "question": page.questions[one.index], "answer": one.text,
+                    "expected": page.accepted[one.index]} for one in answered]
+        yield example, loss, answers, sum(bool(one.error) for one in answered)
 
 
 def evaluate(model, examples, ranks=None):
@@ -490,6 +488,7 @@ def main():
     ranks = None
     if "RANK" in os.environ:                                # torchrun started several processes, or one
         from extras import distributed as ranks
+        ranks.check_device(args.device)
     folder = (lock(args.out) if args.resume else
               new_folder(args.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}", free=not args.out))
     with ranks.on_rank_0(folder) if ranks else folder as folder:

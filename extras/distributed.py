@@ -101,7 +101,7 @@ def leave(error, store):
 
 
 def known_to_all(error):
-    """Whether all ranks raise this error at the same place: see `agreed`; or it is about what all of them know."""
+    """Whether all ranks raise this error at the same place: in `agreed`, or about what all know, as in `check_step`."""
     return getattr(error, "known_to_all", type(error) is InputError and not error.__cause__)
 
 
@@ -197,14 +197,20 @@ def others_there():
 
 # ------------------------------------------------------------------------------------------------------------- data
 
+def check_device(device):
+    """Raise InputError for one GPU that all ranks would share, and for more ranks on a machine than it has GPUs."""
+    if ":" in (device or ""):
+        raise InputError("--device names one GPU, and torchrun gives each process its own; give --device cuda")
+    if device != "cpu" and 0 < torch.cuda.device_count() < LOCAL_RANKS:
+        raise InputError(f"{LOCAL_RANKS} processes, but {torch.cuda.device_count()} GPUs; start one process for each "
+                         "GPU, or give --device cpu")
+
+
 def share_settings(args):
     """Give every rank the settings of rank 0. Raises InputError for more ranks than micro-batches."""
     if args.accumulate < RANKS:
         raise InputError(f"{RANKS} processes, but --accumulate {args.accumulate}: a step has as many micro-batches "
                          f"and each process needs one; start at most {args.accumulate}, or raise --accumulate")
-    if args.device.startswith("cuda") and "nccl" not in str(dist.get_backend_config()):
-        raise InputError(f"{LOCAL_RANKS} processes, but {torch.cuda.device_count()} GPUs; start one "
-                         "process for each GPU, or give --device cpu")
     vars(args).update(from_rank_0(lambda: vars(args)))
 
 
@@ -264,16 +270,16 @@ def read_pages(read, run):
     """What `read()` returns on rank 0, (validation pages, blocks, rows); the other ranks get no blocks."""
     kept = []
 
-    def on_rank_0():
+    def pages_and_rows():
         pages, blocks, rows = read()
         kept.append(blocks)
         return pages, rows, run.losses
 
-    pages, rows, run.losses = from_rank_0(on_rank_0)
+    pages, rows, run.losses = from_rank_0(pages_and_rows)
     return pages, *(kept or [()]), rows
 
 
-def own(pages):
+def pages_of_this_rank(pages):
     """This rank's validation pages; all of them, which all ranks answer at once, if the weights are split."""
     return pages if SHARDED else pages[RANK::RANKS]
 
@@ -396,9 +402,10 @@ def shard(model, train, choose_parts):
 
 
 def gathered_gb(model):
-    """What is whole for a moment, in GB: the largest block, or the embedding, as it arrives and as it is used.
+    """The most weights that are gathered at once, in GB: a block of the LLM, or the embedding, and the next block.
 
-    2 bytes a parameter each; of a trained one 4 each, and 4 (of the embedding 8) for its gradient. And the next block.
+    Bytes a parameter: frozen 2 as received and 2 as used; trained 4 and 4, and 4 for its gradient, 8 in the embedding.
+    The next block takes 2.
     """
     layers, groups = [*model.language.blocks], [model.language.embedding, model.language.lm_head]
     blocks = [(12 if any(p.requires_grad for p in group.parameters()) else 4, group) for group in layers + groups]
@@ -467,7 +474,7 @@ class RankFolder(RunFolder):
         self.saved = self.state["step"]
 
     if RANK:
-        begin = log = lambda *_, **__: None
+        begin = log = lambda *_, **__: None                 # rank 0 writes settings.json and metrics.jsonl
 
     def skip_log(self):
         log = super().skip_log()

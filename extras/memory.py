@@ -68,7 +68,8 @@ def saved_gb(model, tiles):
     size = model.config.vision.tile_pixels
     prompt, _ = write_page(model.tokenizer, model.config.tokens_per_tile, [tiles], [[(QUESTION, ANSWER)]] * QUESTIONS,
                            template=model.config.template)
-    hooks = [module.register_forward_pre_hook(used_by) for module in (*model.modules(),)[1:]]
+    split = hasattr(model, "reshard")                           # --shard
+    hooks = [module.register_forward_pre_hook(used_by) for module in model.modules() if split and module is not model]
     counting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with counting, torch.compiler.set_stance("force_eager"):
         batch = model.pack([(torch.zeros(tiles, 3, size, size, dtype=torch.uint8), prompt)])
@@ -76,7 +77,7 @@ def saved_gb(model, tiles):
     del loss                                            # alive until here, so that no storage is reused
     for hook in hooks:
         hook.remove()
-    if hasattr(model, "reshard"):                       # --shard: only a backward pass would split all of it again
+    if split:                                           # only a backward pass would split all of it again
         model.reshard()
     return sum(saved.values()) / 1e9
 
@@ -160,7 +161,7 @@ def print_step(args, model, ranks=None):
     """Print the estimated memory of a step and, on a GPU, the kernels of its attention."""
     needed = step_gb(model, args.max_tiles, args.batch_pages)
     if args.shard:
-        needed["gathered for a moment"] = ranks.gathered_gb(model)
+        needed["largest gathered block"] = ranks.gathered_gb(model)
     print(f"estimated memory of a step on pages of {args.max_tiles if model.config.tiled else 1} tiles: "
           f"{sum(needed.values()):.2f} GB (" + ", ".join(f"{what} {gb:.2f}" for what, gb in needed.items()) + ")")
     if args.device.startswith("cuda"):

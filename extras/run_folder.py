@@ -42,6 +42,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN_PAGES = 4                                                         # validation pages in samples.md and samples.png
 
 
+def keep_whole(parameter, tensor):
+    """What a process holds of a parameter's tensor: all of it. With --shard: `split_as` in distributed.py."""
+    return tensor
+
+
 class RunFolder:
     """The folder of a run, and how far the run is.
 
@@ -85,14 +90,14 @@ class RunFolder:
             self.losses = {}
             keep_lines(self.path / METRICS, lambda line: "val_loss" not in line)
 
-    def restore(self, model, optimizer, *split_as):
+    def restore(self, model, optimizer, split_as=keep_whole):
         """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
         for half in (*self.path.glob("*.part"), *self.path.glob(f"{CHECKPOINTS}/*.part")):
             if is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
                 shutil.rmtree(half, ignore_errors=True)
         newest = latest_checkpoint(self.path)
         if newest:
-            state = restore_checkpoint(newest, model, optimizer, *split_as)
+            state = restore_checkpoint(newest, model, optimizer, split_as)
             if state.keys() != self.state.keys():
                 raise InputError(f"{newest}: written by another version of train.py; finish the run with that one")
             self.state, self.saved = state, state["step"]
@@ -425,10 +430,10 @@ def checkpoint_tensors(model, optimizer):
         yield name, getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
 
 
-def restore_checkpoint(path, model, optimizer, split_as=lambda parameter, tensor: tensor):
+def restore_checkpoint(path, model, optimizer, split_as=keep_whole):
     """Copy a checkpoint's tensors into a model and the state of its optimizer; returns the `state` saved with them.
 
-    `split_as`: makes of a whole tensor what a parameter's rank holds of it.
+    `split_as(parameter, tensor)`: the part of a whole tensor that this process holds, see `keep_whole`.
     Raises InputError for a file that is damaged or not of this model with these trained parts.
     """
     parameters = stored_parameters(model)

@@ -341,7 +341,8 @@ def read(folder, wanted, language, device, dtype, skip=()):
         raise InputError(f"{folder}: not the weights that its config.json describes: {'; '.join(listed)}; "
                          f"expected {len(holds)} tensors of dtype {', '.join(STORED_DTYPES)}"
                          + f"; train.py --init {','.join(sorted(parts))} draws a changed part anew" * bool(parts))
-    return tensors, stored, {} if path.suffix == ".bin" else files, adapters
+    binary = any(file.endswith(".bin") for file in files.values())              # is saved as safetensors
+    return tensors, stored, {} if binary else files, adapters
 
 
 def tensors_of_binary(path, skip):

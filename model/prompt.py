@@ -42,7 +42,8 @@ class Template:
     line: str = "\n"                    # plain text behind an image that comes before the question
     stops: tuple = ()                   # special tokens beside `end` that end an answer
 
-    def builder(self, tokenizer, tokens_per_tile, system, tiles, branches):     # other models: see xcomposer2.py
+    def builder(self, tokenizer, tokens_per_tile, system, tiles, branches):
+        """The PromptBuilder of a row. Another model's depends on `tiles` and `branches`, see `write_page`."""
         return PromptBuilder(tokenizer, tokens_per_tile, self, system)
 
 

@@ -8,6 +8,7 @@ Not collected by pytest.
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import statistics
@@ -45,7 +46,6 @@ def make_folder(folder, name, layers):
 
 def make_pages(folder, pages, size):
     """Rows about pages of one size, so that all have the same number of tiles."""
-    import random
     folder.mkdir()
     with open(folder / "rows.jsonl", "w") as file:
         for page in range(pages):

@@ -34,4 +34,16 @@ def refuses(program, capsys, monkeypatch, *flags, stdin=""):
     return lines[0]
 
 
-__all__ = ["call", "data", "infer", "refuses", "train"]
+def at_call(put, owner, name, count, action):
+    """Have `action` come before the `count`-th call of a function. `put`: setattr, or monkeypatch's."""
+    function, calls = getattr(owner, name), []
+
+    def wrapped(*arguments, **more):
+        calls.append(None)
+        if len(calls) == count:
+            action()
+        return function(*arguments, **more)
+    put(owner, name, wrapped)
+
+
+__all__ = ["at_call", "call", "data", "infer", "refuses", "train"]

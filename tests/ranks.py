@@ -1,7 +1,7 @@
 """Runs train.py and infer.py on several ranks without starting Python anew for each: python tests/ranks.py < RUNS
 
 RUNS: a JSON list of {"ranks": how many, 0: one process without torchrun, "program": "train", "flags": [...], "patch": Python that each rank
-executes first; it knows `rank`}. Prints as JSON for each run the exit statuses and the standard errors of its ranks.
+executes first; it knows `rank`, and `at_call`, `fail` and `kill` to make faults}. Prints as JSON for each run the exit statuses and the standard errors of its ranks.
 """
 import faulthandler
 import importlib
@@ -17,11 +17,20 @@ import embedded  # noqa: E402, F401
 import pyarrow.parquet  # noqa: E402, F401
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402
+from commands import at_call  # noqa: E402, F401
 
 import infer  # noqa: E402, F401
 import train  # noqa: E402
 from extras import evaluate, plots  # noqa: E402, F401
 from extras.cli import run  # noqa: E402
+
+
+def fail(error):
+    raise error
+
+
+def kill(number):
+    os.kill(os.getpid(), number)
 
 
 def gradients(path, dtype, *tiles):

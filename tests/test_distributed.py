@@ -22,42 +22,25 @@ TIMES = ("questions_per_second", "data_wait", "peak_gb")
 SHORT = ("--device", "cpu", "--workers", 0, "--max-tiles", 2, "--accumulate", 4, "--lr", "1e-3", "--eval-pages", 3)
 
 
-FAULT = """
-def at_call(owner, name, count, action):
-    function, calls = getattr(owner, name), []
-    def wrapped(*arguments, **more):
-        calls.append(None)
-        if len(calls) == count:
-            action()
-        return function(*arguments, **more)
-    setattr(owner, name, wrapped)
-
-def fail(error):
-    raise error
-
-def end(number):
-    os.kill(os.getpid(), number)
-
-"""
-FAULTS = {          # what befalls a rank in the fourth step: (its code, exit statuses, the one line that is printed, the step that is saved)
-    "a rank is out of memory": ("if rank == 1: at_call(train, 'answer_loss', 7, lambda: fail(torch.OutOfMemoryError('CUDA out of memory. Tried')))",
+FAULTS = {          # what happens to a rank in the fourth step: (its code, exit statuses, the one line that is printed, the step that is saved)
+    "a rank is out of memory": ("if rank == 1: at_call(setattr, train, 'answer_loss', 7, lambda: fail(torch.OutOfMemoryError('CUDA out of memory. Tried')))",
                                 [2, 2], "train.py: out of memory with 2 tiles in a micro-batch, pages ", 3),
-    "rank 0 is out of memory": ("if rank == 0: at_call(train, 'answer_loss', 7, lambda: fail(MemoryError()))", [2, 2], "train.py: out of memory", 3),
-    "a bug": ("if rank == 1: at_call(train, 'answer_loss', 7, lambda: fail(KeyError('a bug')))", [2, 1], "KeyError: 'a bug'", 3),
-    "a loss that is not finite": ("if rank == 1: at_call(train, 'answer_loss', 7, lambda: setattr(train, 'answer_loss', lambda x, _: x.sum() * float('nan')))",
+    "rank 0 is out of memory": ("if rank == 0: at_call(setattr, train, 'answer_loss', 7, lambda: fail(MemoryError()))", [2, 2], "train.py: out of memory", 3),
+    "a bug": ("if rank == 1: at_call(setattr, train, 'answer_loss', 7, lambda: fail(KeyError('a bug')))", [2, 1], "KeyError: 'a bug'", 3),
+    "a loss that is not finite": ("if rank == 1: at_call(setattr, train, 'answer_loss', 7, lambda: setattr(train, 'answer_loss', lambda x, _: x.sum() * float('nan')))",
                                   [2, 2], "train.py: step 4: loss nan", 3),
-    "a worker is killed": ("import multiprocessing\nif rank == 1: at_call(train, 'check_step', 3, lambda: [os.kill(child.pid, 9) "
+    "a worker is killed": ("import multiprocessing\nif rank == 1: at_call(setattr, train, 'check_step', 3, lambda: [os.kill(child.pid, 9) "
                            "for child in multiprocessing.active_children()])", [2, 2], "train.py: a worker process was killed", 3),
-    "the disk is full": ("if rank == 0: at_call(train.RunFolder, 'log', 4, lambda: fail(OSError(28, 'No space left on device')))",
+    "the disk is full": ("if rank == 0: at_call(setattr, train.RunFolder, 'log', 4, lambda: fail(OSError(28, 'No space left on device')))",
                          [2, 2], "cannot be written (No space left on device)", 4),
-    "SIGTERM of one rank": ("if rank == 1: at_call(train, 'check_step', 3, lambda: end(15))", [143, 143], "stopped after step 3", 3),
-    "Ctrl-C": ("at_call(train, 'check_step', 3, lambda: end(2))", [130, 130], "stopped after step 3", 3),
-    "--shard: out of memory": ("if rank == 1: at_call(train, 'answer_loss', 7, lambda: fail(torch.OutOfMemoryError('CUDA out of memory. Tried')))",
+    "SIGTERM of one rank": ("if rank == 1: at_call(setattr, train, 'check_step', 3, lambda: kill(15))", [143, 143], "stopped after step 3", 3),
+    "Ctrl-C": ("at_call(setattr, train, 'check_step', 3, lambda: kill(2))", [130, 130], "stopped after step 3", 3),
+    "--shard: out of memory": ("if rank == 1: at_call(setattr, train, 'answer_loss', 7, lambda: fail(torch.OutOfMemoryError('CUDA out of memory. Tried')))",
                                [2, 2], "train.py: out of memory", 2),
-    "--shard: a loss that is not finite": ("at_call(train, 'check_step', 4, lambda: fail(train.InputError('step 4: loss nan')))",
+    "--shard: a loss that is not finite": ("at_call(setattr, train, 'check_step', 4, lambda: fail(train.InputError('step 4: loss nan')))",
                                            [2, 2], "step 4: loss nan", 3),
-    "--shard: SIGTERM of one rank": ("if rank == 1: at_call(train, 'check_step', 3, lambda: end(15))", [143, 143], "stopped after step 3", 3),
-    "SIGKILL of one rank": ("if rank == 1: at_call(train, 'answer_loss', 7, lambda: end(9))", [2, -9], "another process of torchrun has ended", 3),
+    "--shard: SIGTERM of one rank": ("if rank == 1: at_call(setattr, train, 'check_step', 3, lambda: kill(15))", [143, 143], "stopped after step 3", 3),
+    "SIGKILL of one rank": ("if rank == 1: at_call(setattr, train, 'answer_loss', 7, lambda: kill(9))", [2, -9], "another process of torchrun has ended", 3),
 }
 
 
@@ -141,7 +124,7 @@ def runs(pages, tmp_path_factory):
             "--model", "tiny", "--evaluate", pages, "--device", "cpu", "--max-tiles", 1, "--max-new-tokens", 6, "--json", "--predictions",
             predictions or folder / f"{name} {ranks}.json"]}
     for name, (patch, *_) in FAULTS.items():
-        wanted[name] = {"ranks": 2, "patch": FAULT + patch, "flags": [*SHORT, *grouped, "--steps", 5, "--out", folder / name, *(["--shard", "--train", "llm", "--save-every", 2] if "--shard" in name else [])]}
+        wanted[name] = {"ranks": 2, "patch": patch, "flags": [*SHORT, *grouped, "--steps", 5, "--out", folder / name, *(["--shard", "--train", "llm", "--save-every", 2] if "--shard" in name else [])]}
     for train in TRAINED:
         flags = [*SHORT, "--model", "tiny", "--data", pages, "--max-length", 300, "--eval-every", 4, "--eval-pages", 2, "--steps", 5, "--train", train,
                  "--lora-dropout", 0.2]
@@ -230,13 +213,13 @@ def test_what_is_wrong_from_the_start_is_one_line_of_one_rank(runs, name, text):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_whatever_befalls_a_rank_ends_all_with_one_line_and_the_run_saved(runs, name):
+def test_a_rank_that_fails_ends_all_with_one_line_and_the_run_saved(runs, name):
     run, done = runs[name]
     _, statuses, text, step = FAULTS[name]
     assert done["status"] == statuses, done
-    told = [[line for line in err if not line.endswith("; skipped") and " are skipped, " not in line] for err in done["err"]]
-    assert sum(map(bool, told)) == 1                                        # one rank speaks,
-    [lines] = filter(None, told)
+    printed = [[line for line in err if not line.endswith("; skipped") and " are skipped, " not in line] for err in done["err"]]
+    assert sum(map(bool, printed)) == 1                                     # by one rank
+    [lines] = filter(None, printed)
     assert text in lines[-1] and (len(lines) == 1 or lines[0].startswith("Traceback")), lines
     assert max(path.stem for path in (run / "checkpoints").iterdir()) == f"step-{step:07}"
 

@@ -14,7 +14,7 @@ from multiprocessing import active_children
 
 import pytest
 import torch
-from commands import call, refuses, train
+from commands import at_call, call, refuses, train
 from conftest import ROOT
 from reference import page_prompt
 from safetensors.torch import load_file
@@ -67,18 +67,6 @@ def fit(tmp_path, capsys, monkeypatch):
         status, _, err = call(train, capsys, monkeypatch, *place, *flags)
         return status, [line for line in err.splitlines() if line.strip() and "%|" not in line], folder
     return run
-
-
-def at_call(monkeypatch, owner, name, count, action):
-    """Have `action` come before the `count`-th call of a function."""
-    function, calls = getattr(owner, name), []
-
-    def wrapped(*arguments, **more):
-        calls.append(None)
-        if len(calls) == count:
-            action()
-        return function(*arguments, **more)
-    monkeypatch.setattr(owner, name, wrapped)
 
 
 def fail(error):
@@ -163,7 +151,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(fit, monkeypatch, number):
     flags, handler = ("--eval-every", 3, "--eval-pages", 2), signal.getsignal(number)
     _, _, whole = fit("whole", *flags)
     with monkeypatch.context() as patch:
-        at_call(patch, train, "check_step", 3, lambda: os.kill(os.getpid(), number))
+        at_call(patch.setattr, train, "check_step", 3, lambda: os.kill(os.getpid(), number))
         status, err, run = fit("run", *flags)
     assert status == 128 + number and len(err) == 2 and "finishing this step, then saving the run" in err[0]
     assert err[1] == f"stopped after step 3; to continue: python train.py --resume {run}"
@@ -178,7 +166,7 @@ def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, mon
     _, _, whole = fit("whole", *flags)
     for owner, name, count in ((data, "tile_page", 7), (evaluate, "generate", 3)):
         with monkeypatch.context() as patch:
-            at_call(patch, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            at_call(patch.setattr, owner, name, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
             status, err, run = fit("run", *flags)
         assert status == 143 and "saving the run" in err[0] and "to continue: python train.py --resume" in err[1], err
     assert fit("run")[0] == 0
@@ -187,7 +175,7 @@ def test_a_signal_while_waiting_for_pages_or_validating_saves_and_exits(fit, mon
 
 def test_a_signal_while_saving_waits_for_the_checkpoint(fit, monkeypatch):
     with monkeypatch.context() as patch:
-        at_call(patch, run_folder, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch.setattr, run_folder, "save_checkpoint", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, err, run = fit("run", "--save-every", 2)
     assert status == 143 and latest_checkpoint(run).name == "step-0000002.safetensors", err
 
@@ -205,7 +193,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
 def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "answer_loss", 5, lambda: patch.setattr(
+        at_call(patch.setattr, train, "answer_loss", 5, lambda: patch.setattr(
             train, "answer_loss", lambda logits, _: logits.sum() * math.nan))                    # from the second half of step 3
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "step 3: loss nan" in err[0] and "stopped before the update; pages" in err[0]
@@ -219,7 +207,7 @@ def test_a_loss_that_is_no_number_leaves_the_state_of_the_step_before(fit, monke
 def test_out_of_memory_names_the_tiles_and_the_flags(fit, monkeypatch, error):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "answer_loss", 5, lambda: fail(error))
+        at_call(patch.setattr, train, "answer_loss", 5, lambda: fail(error))
         status, err, run = fit("run")
     assert status == 2 and len(err) == 1 and "out of memory with 1 tiles" in err[0]
     assert "--max-tiles" in err[0] and "--batch-pages" in err[0] and latest_checkpoint(run).name == "step-0000002.safetensors"
@@ -230,7 +218,7 @@ def test_out_of_memory_names_the_tiles_and_the_flags(fit, monkeypatch, error):
 def test_a_worker_that_is_killed_is_one_line_and_nothing_is_lost(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:
-        at_call(patch, train, "check_step", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
+        at_call(patch.setattr, train, "check_step", 3, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
         status, err, run = fit("run", "--workers", 1)
     assert status == 2 and len(err) == 1 and "a worker process was killed" in err[0] and "--workers" in err[0]
     assert fit("run")[0] == 0
@@ -271,7 +259,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_still_loads(fit, capsys
 def test_a_disk_that_is_full_keeps_the_checkpoints_that_were_there(fit, monkeypatch):
     _, _, whole = fit("whole")
     with monkeypatch.context() as patch:                                # settings 1, checkpoints 2 and 4, settings again 3 and 5
-        at_call(patch, os, "fsync", 6, lambda: fail(OSError(28, "No space left on device")))
+        at_call(patch.setattr, os, "fsync", 6, lambda: fail(OSError(28, "No space left on device")))
         status, err, run = fit("run", "--save-every", 1)
     assert status == 2 and len(err) == 1 and "No space left on device" in err[0] and "make room" in err[0]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000001.safetensors", "step-0000002.safetensors"]
@@ -303,7 +291,7 @@ def test_a_small_file_system_fills_up_and_the_run_goes_on_elsewhere(fit, tmp_pat
 
 
 def test_a_run_folder_that_was_removed_is_one_line(fit, tmp_path, monkeypatch):
-    at_call(monkeypatch, train, "check_step", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    at_call(monkeypatch.setattr, train, "check_step", 3, lambda: shutil.rmtree(tmp_path / "run"))
     status, err, _ = fit("run")
     assert status == 2 and len(err) == 1 and "cannot be written (No such file or directory); the folder is gone" in err[0]
 
@@ -328,7 +316,7 @@ def test_what_is_left_out_is_counted_once_and_named_in_skipped_jsonl(tmp_path, c
     assert counted == {"page": 2, "questions too long": 2, "questions without an answer": 4}
     assert [line["page"] for line in lines if line["left_out"] == "page"] == ["17/1"] * 2
     with monkeypatch.context() as patch:
-        at_call(patch, train, "check_step", 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch.setattr, train, "check_step", 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
         call(train, capsys, monkeypatch, *flags, "--out", tmp_path / "run")
     status, again, _ = call(train, capsys, monkeypatch, "--resume", tmp_path / "run")
     assert status == 0 and [line for line in out.splitlines() if "skipped:" in line] == [line for line in again.splitlines() if "skipped:" in line]

@@ -5,6 +5,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -133,7 +134,10 @@ def test_addresses_that_lead_astray_or_never_end_are_refused(public, server, mon
     with pytest.raises(InputError, match=message):
         load_image(public + path)
     assert not any(host.startswith("127.0.0.2") for host, _ in server.asked)
-    assert threading.active_count() <= before + 1                       # the server's, which ends with the connection
+    deadline = time.monotonic() + 10                                    # the server's threads end with their connections, soon after
+    while threading.active_count() > before + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before + 1
 
 
 def test_a_redirect_within_the_public_network_is_followed(public, server):

@@ -20,16 +20,7 @@ from data import image_bytes
 from extras.cli import as_flag, count
 from extras.sources import Mixture, is_synthetic, named_parts
 from model import checkpoint, lora
-from model.checkpoint import (
-    CHECKPOINTS,
-    INDEX,
-    SETTINGS,
-    WEIGHTS,
-    is_left_behind,
-    latest_checkpoint,
-    step_of,
-    write_text,
-)
+from model.checkpoint import CHECKPOINTS, INDEX, SETTINGS, WEIGHTS, latest_checkpoint, step_of, write_text
 from model.errors import InputError, warn
 from model.images import fetch
 from model.names import official_name, part_of
@@ -93,7 +84,7 @@ class RunFolder:
     def restore(self, model, optimizer, split_as=keep_whole):
         """Load the newest checkpoint, if there is one, and drop what the files say about later steps."""
         for half in (*self.path.glob("*.part"), *self.path.glob(f"{CHECKPOINTS}/*.part")):
-            if is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
+            if checkpoint.is_left_behind(half) and (half.stem in WRITTEN or step_of(half.stem) is not None):
                 shutil.rmtree(half, ignore_errors=True)
         newest = latest_checkpoint(self.path)
         if newest:

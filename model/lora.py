@@ -19,16 +19,7 @@ from torch import nn
 
 from model.errors import InputError, finite
 from model.layers import Linear
-from model.names import (
-    file_names,
-    fuse,
-    join_rows,
-    official_name,
-    our_name,
-    part_of,
-    split_rows,
-    transformers_names,
-)
+from model.names import file_names, fuse, join_rows, official_name, our_name, part_of, split_rows, transformers_names
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 

@@ -38,8 +38,8 @@ from model.names import official_name, part_of
 
 PARTS = ("projector", "lora", "llm", "vision")
 WHOLE = tuple(part for part in PARTS if part != "lora")                # the model without adapters
-TINY = dict(model="tiny", data="synthetic", domain="negative", steps=400, warmup=0.05, eval_every=50, eval_pages=48,
-            device="cpu", workers=0)                                    # what --tiny sets
+TINY = dict(model="tiny", data="synthetic:1", domain="copies", batch_pages=1, accumulate=2, steps=700,
+            beta2=0.98, warmup=0.05, eval_every=100, eval_pages=48, device="cpu", workers=0)    # what --tiny sets
 # settings that a resumed run cannot change: what is trainable, and which page comes next
 FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "init", "seed", "shuffle", "look_ahead",
          "group_by_length", "columns")
@@ -129,8 +129,7 @@ def add_machine_flags(parser):
     flag("--seed", type=int_in(0, 2 ** 63 - 1), default=0, help="of page order and random weights (%(default)s)")
     flag("--workers", type=int_in(0, 1000), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
-    add_switch(group, "--checkpoint-activations",
-               "recompute each block in the backward pass: less memory, a third more work")
+    add_switch(group, "--checkpoint-activations", "recompute in the backward pass: less memory, a third more work")
     add_switch(group, "--compile", "compile the blocks with torch.compile")
     add_switch(group, "--shard", "split the weights over the GPUs, for models that one cannot hold; needs torchrun")
 
@@ -155,8 +154,7 @@ def parse_args():
     if args.export and "RANK" in os.environ:
         parser.error("--export is for one process; start it without torchrun")
     if args.shard and "RANK" not in os.environ:
-        parser.error("--shard splits the weights over the processes of torchrun; start it with torchrun, or give "
-                     "--no-shard")
+        parser.error("--shard splits the weights over processes: start it with torchrun, or give --no-shard")
     if not args.export and (args.push_to_hub or args.format != "official"):
         parser.error("--format and --push-to-hub belong to --export RUN FOLDER; give that too")
     if args.resume:

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
-import embedded  # noqa: E402, F401  before any module takes TINY
+import embedded  # noqa: E402  before any module takes TINY
 from reference import randomise  # noqa: E402
 
-from model import InternVL  # noqa: E402
+from model import InternVL, checkpoint  # noqa: E402
 from model.checkpoint import TINY  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -40,9 +40,29 @@ def tokenizer():
 
 
 @pytest.fixture
-def tiny():
-    """The embedded configuration with random weights, float32."""
-    return randomise(InternVL.from_scratch("tiny", seed=0, device="cpu"))
+def published(monkeypatch):
+    """In this test `tiny` is the embedded model as published; elsewhere it is the one of embedded.py."""
+    monkeypatch.setattr(checkpoint, "TINY", embedded.PUBLISHED)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """The config.json of the model of embedded.py, but with tiles of 128 pixels, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    for file in TINY.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    config = json.loads((TINY / "config.json").read_text())
+    config["force_image_size"] = 128
+    config["vision_config"] |= dict(image_size=128, patch_size=8)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def tiny(small_folder, monkeypatch):
+    """A small model with random weights, float32, with which a chat has the remarks of the embedded one."""
+    monkeypatch.setattr("extras.chat_cli.TINY", small_folder)
+    return randomise(InternVL.from_scratch(small_folder, seed=6, device="cpu"))      # which answers with characters
 
 
 @pytest.fixture(scope="session")

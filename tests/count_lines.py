@@ -20,9 +20,9 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 STEP_PATH = ("train.py", "data.py", "extras/sources.py", *(f"model/{name}.py" for name in (
     "config", "images", "tiling", "prompt", "vision", "projector", "layers", "language", "internvl")))
 BUDGETS = {
-    "code lines from the command line to optimizer.step()": 1920,
-    "code lines imported at module level by train.py": 3763,
-    "code lines of all Python files but tests": 6739,
+    "code lines from the command line to optimizer.step()": 1918,
+    "code lines imported at module level by train.py": 3743,
+    "code lines of all Python files but tests": 6946,
     "Python files directly in model/": 18,
     "lines of the loop of train.py": 60,
     "lines of the longest other function": 40,

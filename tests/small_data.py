@@ -4,6 +4,8 @@ import random
 
 from model.tiny.pages import draw_page
 
+SHAPES = (128, 128), (256, 128), (256, 256)             # 1, 2 or 4 tiles of the small models of the tests
+
 
 def png(image):
     file = io.BytesIO()
@@ -13,7 +15,8 @@ def png(image):
 
 def page_rows(page, seed=0, questions=None):
     """The rows of one drawn page, in zhangfaen/DocumentVQA's columns."""
-    image, asked = draw_page(random.Random(f"{seed} {page}"))
+    draw = random.Random(f"{seed} {page}")
+    image, asked = draw_page(draw, shape=draw.choice(SHAPES), sizes=(12, 16))
     return [{"questionId": page * 100 + i, "question": question, "image": {"bytes": png(image), "path": f"{page}.png"},
              "docId": page, "ucsf_document_id": f"doc{page}", "ucsf_document_page_no": "1", "answers": [answer]}
             for i, (question, answer) in enumerate(asked[:questions])]

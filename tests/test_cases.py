@@ -19,7 +19,7 @@ from extras.video import load_images
 from model import InputError, InternVL
 from model.checkpoint import resolve
 from model.images import load_image
-from model.tiny.pages import draw_page
+from model.tiny.pages import SHAPES, draw_page
 
 CHAT = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]}
 QUERY, MESSAGES = {"query": "What?", "response": "This."}, [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
@@ -27,7 +27,7 @@ QUERY, MESSAGES = {"query": "What?", "response": "This."}, [{"role": "user", "co
 
 @pytest.fixture
 def pages(tmp_path):
-    for i, shape in enumerate(((8, 8), (16, 8))):
+    for i, shape in enumerate(SHAPES[:2]):
         draw_page(random.Random(i), shape=shape)[0].save(tmp_path / f"{'ab'[i]}.png")
     return tmp_path
 
@@ -260,7 +260,7 @@ def test_a_temperature_near_zero_takes_the_likeliest_token(tiny, pages):
 
 def test_pages_with_an_image_of_the_validation_data_are_left_out_and_counted(pages, capsys, monkeypatch):
     for i in range(12):
-        draw_page(random.Random(i), shape=(8, 8))[0].save(pages / f"{i}.png")
+        draw_page(random.Random(i), shape=SHAPES[0])[0].save(pages / f"{i}.png")
     (pages / "copy.png").write_bytes((pages / "3.png").read_bytes())
     (pages / "t.jsonl").write_text(jsonl({"query": "What?", "response": "x", "images": [f"{i}.png"]} for i in range(12)))
     (pages / "v.jsonl").write_text(jsonl({"query": "Who?", "response": "x", "images": [f"{i}.png"]} for i in ("copy", 5)))
@@ -289,7 +289,7 @@ def test_check_lists_images_that_are_in_two_splits(tmp_path, capsys, monkeypatch
 
 def test_evaluating_the_validation_split_of_a_file_tells_when_a_run_held_nothing_out(pages, capsys, monkeypatch):
     for i in range(4):
-        draw_page(random.Random(i), shape=(8, 8))[0].save(pages / f"{i}.png")
+        draw_page(random.Random(i), shape=SHAPES[0])[0].save(pages / f"{i}.png")
     (pages / "t.jsonl").write_text(jsonl({"query": "What?", "response": "x", "images": [f"{i}.png"]} for i in range(4)))
     run, flags = pages / "run", ("--evaluate", pages / "t.jsonl", "--device", "cpu", "--max-new-tokens", 1, "--model")
     assert call(train, capsys, monkeypatch, "--tiny", "--data", pages / "t.jsonl", "--eval-every", 0, "--steps", 1, "--accumulate", 1, "--out", run)[0] == 0

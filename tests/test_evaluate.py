@@ -83,6 +83,7 @@ def test_errors_are_printed_once_per_page_and_the_others_are_answered(tiny, caps
 
 def test_validation_gives_the_answers_of_an_evaluation_and_sees_each_page_once(tiny, monkeypatch):
     rows, seen = mixed_rows(3), []
+    monkeypatch.setattr(train, "LONGEST_ANSWER", 64)
     whole, _ = evaluate_rows(tiny, rows, dict(evaluate="x", max_tiles=4, max_new_tokens=train.LONGEST_ANSWER, temperature=0.0, top_p=1.0, seed=0))
     see = InternVL.encode_images
     monkeypatch.setattr(InternVL, "encode_images", lambda model, tiles: seen.append(len(tiles)) or see(model, tiles))

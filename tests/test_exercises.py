@@ -16,11 +16,11 @@ def load(path):
     return module
 
 
-def run(module, monkeypatch):
+def run(module, request):
     tests = [value for name, value in vars(module).items() if name.startswith("test_")]
     assert tests
     for test in tests:
-        test(*[monkeypatch] * len(inspect.signature(test).parameters))
+        test(*map(request.getfixturevalue, inspect.signature(test).parameters))
 
 
 def unsolved(*_, **__):
@@ -37,7 +37,7 @@ ABOUT_THE_PROJECTOR = ("exercise_03", "exercise_07", "exercise_10")     # 7 asks
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.official] * (name in ABOUT_THE_PROJECTOR)) for name in NAMES])
-def test_an_exercise_is_red_as_handed_out_and_green_when_solved(name, monkeypatch):
+def test_an_exercise_is_red_as_handed_out_and_green_when_solved(name, request):
     """On a copy in memory: what you wrote in the file is replaced, first by nothing, then by the solution."""
     try:
         module = load(FOLDER / f"{name}.py")
@@ -48,6 +48,6 @@ def test_an_exercise_is_red_as_handed_out_and_green_when_solved(name, monkeypatc
     assert own
     vars(module).update(dict.fromkeys(own, unsolved))
     with pytest.raises(NotImplementedError):
-        run(module, monkeypatch)
+        run(module, request)
     vars(module).update(solution)
-    run(module, monkeypatch)
+    run(module, request)

@@ -3,6 +3,7 @@ import base64
 import html
 import html.parser
 import io
+import math
 import random
 import re
 
@@ -12,13 +13,14 @@ import torch
 from commands import call, infer, refuses
 from conftest import ROOT
 from PIL import Image, ImageChops, ImageStat
+from published import answered_pages
 from reference import all_logits, page_prompt
 
 from extras.explain import explain, follow
 from model import InternVL
 from model.prompt import IGNORE_INDEX
 from model.tiling import tile_page
-from model.tiny.pages import SHAPES, draw_page
+from model.tiny.pages import SHAPES, TILE, draw_page
 
 
 class Reader(html.parser.HTMLParser):
@@ -45,8 +47,8 @@ class Reader(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def explained():
     model = InternVL.from_pretrained("tiny", "cpu")
-    page, asked = draw_page(random.Random("test 3"), shape=SHAPES[2])
-    return model, page, asked[0], *explain(model, page, asked[0][0])
+    page, [(question, _), *_] = draw_page(random.Random("test 0"), shape=SHAPES[1])
+    return model, page, question, *explain(model, page, question, max_new_tokens=12)
 
 
 def test_it_is_one_file_that_fetches_nothing(explained):
@@ -62,9 +64,8 @@ def test_it_is_one_file_that_fetches_nothing(explained):
 
 @pytest.mark.official
 def test_its_tokens_are_the_prompts(explained):
-    model, page, (question, truth), text, answer = explained
-    assert answer == truth
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [5], [question], [answer])
+    model, page, question, text, answer = explained
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [3], [question], [answer])
     told = [re.match(r"(\d+), (\d+)", token).groups() for token in Reader(text).tokens]
     first_of_images = prompt.ids.index(261)
     expected = [(str(token), str(position)) for i, (token, position) in enumerate(zip(prompt.ids, prompt.positions))
@@ -74,9 +75,9 @@ def test_its_tokens_are_the_prompts(explained):
 
 
 def test_its_probabilities_are_the_models(explained):
-    model, page, (question, _), text, answer = explained
-    tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
-    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [5], [question], [answer])
+    model, page, question, text, answer = explained
+    tiles = torch.from_numpy(tile_page(page, tile_pixels=TILE))
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [3], [question], [answer])
     with torch.no_grad():
         logits = all_logits(model, model.pack([(tiles, prompt)]))
     places = [i - 1 for i, label in enumerate(prompt.labels) if label != IGNORE_INDEX]
@@ -92,13 +93,16 @@ def test_its_probabilities_are_the_models(explained):
 
 @pytest.mark.official
 def test_every_step_tells_its_shapes_and_its_file(explained):
-    text = explained[3]
+    model, page, question, text, answer = explained
+    prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [3], [question], [answer])
+    tokens, length, answered = model.config.tokens_per_tile, len(prompt.ids), sum(label != IGNORE_INDEX for label in prompt.labels)
+    side, wide, seen = math.isqrt(tokens), model.config.language.width, model.config.vision.width
     translation = ("You are Shusheng, a multimodal large model developed by Shanghai AI Laboratory and SenseTime; your English name is InternVL, "
                    "and you are a helpful and harmless AI assistant.")        # of the Chinese system sentence
     assert translation in " ".join(text.split())
     told = re.findall(r"<code>\(([\d, ]+)\)</code>", text)
-    assert told == ["5, 3, 128, 128", "5, 3, 128, 128", "5, 256, 64", "5, 256, 64", "5, 64, 96", "349, 96", "6, 96", "6, 288"]
-    assert "2 x 2 neighboring patches are joined to 256 numbers" in text and "shows the 8 x 8 tokens of" in text
+    assert told == [f"3, 3, {TILE}, {TILE}"] * 2 + [f"3, {4 * tokens}, {seen}"] * 2 + [f"3, {tokens}, {wide}", f"{length}, {wide}", f"{answered}, {wide}", f"{answered}, 288"]
+    assert f"2 x 2 neighboring patches are joined to {4 * seen} numbers" in text and f"shows the {side} x {side} tokens of" in text
     files = [re.findall(r"<code>([\w/]+\.py)</code>", where) for where in re.findall(r"<p class='where'>(.*?)</p>", text)]
     assert len(files) == text.count("<h2>") and all(files)
     assert all((ROOT / name).exists() for names in files for name in names)
@@ -106,7 +110,7 @@ def test_every_step_tells_its_shapes_and_its_file(explained):
 
 def test_what_is_explained_is_what_the_chat_read(explained):
     """Also where the question says itself where the image belongs."""
-    model, page, (question, _), *_ = explained
+    model, page, question, *_ = explained
     for asked in (question, f"See <image> and tell: {question}"):
         run = follow(model, page, asked, max_new_tokens=8)
         read = [key if isinstance(key, int) else 261 for key in run.chat.held]
@@ -114,15 +118,25 @@ def test_what_is_explained_is_what_the_chat_read(explained):
 
 
 @pytest.mark.official
-def test_the_readmes_pictures_are_drawn_anew(tmp_path):
+def test_an_answer_that_is_right_can_be_followed(published):
+    """About a page with a thumbnail if the weights answer one of a few, else about one of a single tile."""
+    model = InternVL.from_pretrained("tiny", "cpu")
+    found = (page for shape in (SHAPES[1], SHAPES[0]) for page in answered_pages(model, shape, most=8))
+    _, page, tiles, [(question, truth), *_] = next(found)
+    text, answer = explain(model, page, question)
+    assert answer == truth and f"<code>({len(tiles)}, 3, {TILE}, {TILE})</code>" in text
+
+
+@pytest.mark.official
+def test_the_readmes_pictures_are_drawn_anew(published, tmp_path):
     """Sizes are exact. Pixels are not: Pillow's builds smooth text differently, and processors differ in a sum's last bits,
     which `byte()` can turn into a step of colour and rounding into another digit of a percentage."""
     run = draw_explain.draw(tmp_path)
     section = (ROOT / "model" / "README.md").read_text(encoding="utf-8").split("## One page, followed")[1].split("\n## ")[0]
     start = run.prompt.branches.index(1)
     tiles = len(run.picture.tiles)
-    for told in (run.chat.turns[0].answer, f"{tiles} tiles", f"tile {run.tile + 1} in", f"{tiles * 256} patches",
-                 f"{tiles * 64} image tokens", f"{len(run.prompt.ids)} tokens in a row", f"0 to {start - 1}",
+    for told in (run.chat.turns[0].answer, f"{tiles} tiles", f"tile {run.tile + 1} in", f"{tiles * run.chat.model.config.vision.grid ** 2:,} patches",
+                 f"{tiles * run.chat.model.config.tokens_per_tile} image tokens", f"{len(run.prompt.ids)} tokens in a row", f"0 to {start - 1}",
                  f"{len(run.in_loss)} of the"):
         assert told in section, told
     drawn = sorted(path.name for path in tmp_path.iterdir())
@@ -142,11 +156,11 @@ def test_the_readmes_pictures_are_drawn_anew(tmp_path):
 
 
 @pytest.mark.official
-def test_the_command_writes_it(tmp_path, capsys, monkeypatch):
-    page, asked = draw_page(random.Random("test 4"), shape=SHAPES[0])
+def test_the_command_writes_it(published, tmp_path, capsys, monkeypatch):
+    _, page, _, [(question, truth), *_] = next(answered_pages(InternVL.from_pretrained("tiny", "cpu"), SHAPES[0]))
     page.save(tmp_path / "page.png")
     flags = "--tiny", "--image", tmp_path / "page.png", "--explain"
-    assert call(infer, capsys, monkeypatch, *flags, tmp_path / "out.html", asked[0][0])[:2] == (0, asked[0][1] + "\n")
+    assert call(infer, capsys, monkeypatch, *flags, tmp_path / "out.html", question)[:2] == (0, truth + "\n")
     assert Reader((tmp_path / "out.html").read_text(encoding="utf-8")).tokens
     assert "there is no folder" in refuses(infer, capsys, monkeypatch, *flags, tmp_path / "no" / "out.html", "What?")
     assert "about one --image" in refuses(infer, capsys, monkeypatch, "--tiny", "--explain", "x.html", "What?")

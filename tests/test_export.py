@@ -24,7 +24,7 @@ from transformers import GotOcr2ImageProcessorPil, InternVLConfig, InternVLForCo
 from data import PageDataset, group_rows_into_pages
 from extras.export import add_chat_template, transformers_files
 from model import InputError, InternVL
-from model.checkpoint import TINY
+from model.checkpoint import TINY, read_settings
 from model.config import Config
 from model.generate import generate
 from model.images import load_image
@@ -64,7 +64,7 @@ def asked():
 def our_answers(model, count=12):
     answers = []
     for image, question in asked():
-        tiles = tile_page(image, 12, 128)
+        tiles = tile_page(image, tile_pixels=model.config.vision.tile_pixels)
         prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         answers.append([step[0] for step in generate(model, [(tiles, prompt)], count)])
     return answers
@@ -73,7 +73,7 @@ def our_answers(model, count=12):
 def their_answers(reference, model, count=12):
     answers = []
     for image, question in asked():
-        tiles = tile_page(image, 12, 128)
+        tiles = tile_page(image, tile_pixels=model.config.vision.tile_pixels)
         prompt, _ = page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])
         ids = torch.tensor([prompt.ids])
         out = reference.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=reference_pixels(tiles),
@@ -114,12 +114,12 @@ def test_the_transformers_folder_opens_in_transformers_and_answers_the_same(make
     tokenizer, processor = Qwen2Tokenizer.from_pretrained(folder), GotOcr2ImageProcessorPil.from_pretrained(folder)
     assert their_answers(theirs, model) == our_answers(model)
     for image, question in asked():                                                     # the folder's own recipe for a prompt
-        tiles = tile_page(image, 12, 128)
+        tiles = tile_page(image, tile_pixels=model.config.vision.tile_pixels)
         pixels = processor(image.convert("RGB"), return_tensors="pt").pixel_values
         assert (pixels - reference_pixels(tiles)).abs().max() < 1e-6
         text = tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
                                              tokenize=False, add_generation_prompt=True)
-        span = tokenizer.start_image_token + tokenizer.context_image_token * 64 * len(tiles) + tokenizer.end_image_token
+        span = tokenizer.start_image_token + tokenizer.context_image_token * model.config.tokens_per_tile * len(tiles) + tokenizer.end_image_token
         ids = tokenizer(text.replace(IMAGE_TOKEN, span), add_special_tokens=False).input_ids
         assert ids == page_prompt(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [question])[0].ids
 
@@ -198,7 +198,7 @@ def test_the_lines_of_a_model_card_open_its_folder(make_run, targets, tmp_path, 
         assert status == 0 and ("merged into these weights" in card) == (layout != "peft") == ("adapters are merged" in out), err
         for command in re.findall(r"^python train.py (.*)$", card, re.MULTILINE):
             monkeypatch.chdir(ROOT)
-            assert call(train, capsys, monkeypatch, *command.replace(" base ", f" {tmp_path / 'base'} ").split())[0] == 0
+            assert call(train, capsys, monkeypatch, *command.replace("model/tiny", str(TINY)).replace(" base ", f" {tmp_path / 'base'} ").split())[0] == 0
             monkeypatch.chdir(tmp_path)
         [lines] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
         exec(lines.replace("FOLDER", layout), {})
@@ -211,7 +211,7 @@ def test_a_chat_template_writes_the_prompts_of_this_code(tmp_path, request):
         if not source.exists():
             continue
         folder = tmp_path / source.name
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "loose"))
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         add_chat_template(folder)
         tokenizer = Qwen2Tokenizer.from_pretrained(folder)
         assert tokenizer("What?").input_ids == load_tokenizer(source)("What?").input_ids
@@ -357,7 +357,7 @@ def test_an_export_carries_a_model_card_and_goes_to_the_hub(tmp_path, capsys, mo
     status, out, err = call(train, capsys, monkeypatch, "--export", run / "checkpoints" / "step-0000002.safetensors", tmp_path / "out", "--push-to-hub", "me/mine")
     assert status == 0 and sent == ["me/mine", ["README.md", "config.json", "curve.png", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]], err
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "base_model: tiny" in card and "| lora_rank | 16 |" in card and "| domain | negative |" in card and "| step | val_loss | exact_match | anls |" in card and "(curve.png)" in card
+    assert "base_model: tiny" in card and "| lora_rank | 16 |" in card and f"| domain | {read_settings(run)['domain']} |" in card and "| step | val_loss | exact_match | anls |" in card and "(curve.png)" in card
     def offline(self, name, exist_ok):
         raise OSError("no route to host")
     monkeypatch.setattr(HfApi, "create_repo", offline)

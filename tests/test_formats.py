@@ -13,7 +13,6 @@ import pytest
 import torch
 from commands import call, data, refuses, train
 from conftest import ROOT
-from embedded import PUBLISHED
 from example_formats import jsonl, write_formats
 from PIL import Image
 from reference import conversation_prompt, loss_of
@@ -22,8 +21,7 @@ from data import PageDataset, group_rows_into_pages, page_blocks
 from extras.formats import FORMATS, read_entry, read_file
 from extras.pictures import draw_tiles
 from extras.sources import count_rows, named_parts, open_rows
-from model import InputError
-from model.checkpoint import TINY
+from model import InputError, InternVL
 from model.images import load_image
 from model.prompt import INSTRUCTION
 from model.tiling import choose_grid, tile_page
@@ -463,15 +461,15 @@ def test_check_finds_nothing_wrong_with_right_files(files, asked, tiny, capsys, 
     assert "nowhere" in refuses(data, capsys, monkeypatch, "check", "nowhere.jsonl")
 
 
-def test_show_prints_what_the_model_reads(files, tmp_path, tiny, capsys, monkeypatch):
+def test_show_prints_what_the_model_reads(files, tmp_path, capsys, monkeypatch):
     """Tiles as `infer.py --show` draws them, tokens question by question, those in the loss in brackets."""
-    picture = tmp_path / "tiles.png"
+    picture, tiny = tmp_path / "tiles.png", InternVL.from_pretrained("tiny", "cpu")
     status, out, err = call(data, capsys, monkeypatch, "show", files["llava.json"], 2, "--out", picture)
     assert status == 0 and "--model OpenGVLab/InternVL2-1B" in err
     page = pages_of(files["llava.json"])[2]
     example = PageDataset(tiny, 12)[page]
     n, tokens = len(example.tiles), tiny.config.tokens_per_tile
-    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*load_image(page.images[0]).size, 12, 128))
+    drawn = SimpleNamespace(tiles=example.tiles, grid=choose_grid(*load_image(page.images[0]).size, 12, tiny.config.vision.tile_pixels))
     assert f"tiles: {picture}" in out and Image.open(picture).tobytes() == draw_tiles([drawn], tokens).tobytes()
     for question, answer in zip(page.questions, page.answers):
         text = f"⏎{question}<|im_end|><|im_start|>assistant⏎[{answer}<|im_end|>]"
@@ -512,7 +510,7 @@ def test_files_train_and_interrupted_runs_go_on(files, asked, tmp_path, capsys, 
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (tmp_path / "run" / "curve.png").exists()
-    assert TINY != PUBLISHED or [line["anls"] for line in lines if "anls" in line][0] > 0.9         # the published weights can read
+    assert [line["step"] for line in lines if "anls" in line] == [0, 9]
 
 
 def test_pages_without_any_image_train_nothing_of_the_projector_and_do_not_stop_the_run(tmp_path, capsys, monkeypatch):

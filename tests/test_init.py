@@ -16,7 +16,7 @@ from model.checkpoint import TINY
 from model.layers import Linear
 from model.names import official_name, part_of
 
-FLAGS = "--tiny", "--steps", 2, "--accumulate", 1, "--eval-every", 0, "--lr", "1e-2"
+FLAGS = "--model", "tiny", "--data", "synthetic:1", "--device", "cpu", "--workers", 0, "--steps", 2, "--accumulate", 1, "--eval-every", 0, "--lr", "1e-2"
 
 
 class Queries(nn.Module):
@@ -152,7 +152,7 @@ def test_a_part_is_drawn_over_a_run(fit, no_drawing, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__", "loose"))
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     return tmp_path / "model"
 
 

@@ -51,7 +51,7 @@ def refused(capsys, monkeypatch):
 @pytest.fixture
 def base(tmp_path):
     """The embedded model as a folder."""
-    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "loose", "__pycache__"))
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     return tmp_path / "base"
 
 
@@ -337,7 +337,8 @@ def test_another_base_is_refused_and_the_same_one_elsewhere_is_not(base, fit, re
     run = fit("run", "--model", base)
     base.rename(tmp_path / "moved")
     assert call(train, capsys, monkeypatch, "--resume", run, "--model", tmp_path / "moved", "--steps", 3)[0] == 0
-    assert "the base model" in refused(train, "--resume", run, "--model", TINY / "loose", "--steps", 4)
+    InternVL.from_scratch("tiny", 1, "cpu").save_pretrained(tmp_path / "other")
+    assert "the base model" in refused(train, "--resume", run, "--model", tmp_path / "other", "--steps", 4)
 
 
 def test_other_data_is_refused(fit, refused, tmp_path, capsys, monkeypatch):

@@ -63,7 +63,7 @@ def fit(tmp_path, capsys, monkeypatch):
     def run(name, *flags):
         folder = tmp_path / name
         place = ("--resume", folder) if (folder / "settings.json").exists() else (
-            "--tiny", "--data", "synthetic:1", "--steps", 6, "--accumulate", 2, "--eval-every", 0, "--save-every", 0, "--out", folder)
+            "--tiny", "--data", "synthetic:1", "--steps", 6, "--batch-pages", 1, "--accumulate", 2, "--eval-every", 0, "--save-every", 0, "--out", folder)
         status, _, err = call(train, capsys, monkeypatch, *place, *flags)
         return status, [line for line in err.splitlines() if line.strip() and "%|" not in line], folder
     return run

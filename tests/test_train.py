@@ -23,7 +23,7 @@ from extras.run_folder import SkipLog
 from model import InternVL
 from model.checkpoint import TINY
 from model.names import official_name
-from model.tiny.pages import draw_page
+from model.tiny.pages import SHAPES, draw_page
 
 METRICS = {"step", "train_loss", "lr", "grad_norm", "questions", "answer_tokens", "questions_per_second", "data_wait", "peak_gb"}
 
@@ -65,7 +65,8 @@ def training(run):
 
 def test_a_tiny_run_learns_and_leaves_a_model_folder(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
-    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--steps", 60, "--eval-every", 30, "--eval-pages", 16, "--out", run)
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--train", "all", "--lr", 5e-3, "--accumulate", 2, "--steps", 60, "--eval-every", 30,
+                            "--eval-pages", 8, "--out", run)
     assert status == 0, err
     losses = [line["val_loss"] for line in metrics(run) if "val_loss" in line]
     assert len(losses) == 3 and losses[-1] < 0.7 * losses[0]
@@ -306,10 +307,10 @@ def test_a_run_its_checkpoints_and_its_export_are_models(fit, tmp_path, capsys, 
 def test_pages_held_out_stay_held_out(tmp_path, capsys, monkeypatch):
     rows = [{"question": f"What is {i}?", "answer": str(i), "image": f"{i}.png"} for i in range(30)]
     for i in range(30):
-        draw_page(random.Random(i), "plain", (8, 8))[0].save(tmp_path / f"{i}.png")
+        draw_page(random.Random(i), "plain", SHAPES[0])[0].save(tmp_path / f"{i}.png")
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "my.jsonl", "--steps", 1, "--accumulate", 1,
-                            "--out", tmp_path / "run")
+    status, out, err = call(train, capsys, monkeypatch, "--tiny", "--data", tmp_path / "my.jsonl", "--steps", 1, "--batch-pages", 1,
+                            "--accumulate", 1, "--out", tmp_path / "run")
     assert status == 0 and "\n1 step, 1 question; skipped: 0 pages, " in out, err
     assert "train on pages that it held out" in refuses(train, capsys, monkeypatch, "--resume", tmp_path / "run", "--eval-every", 0)
 

@@ -2,23 +2,16 @@
 
     python -m model.tiny.tokenizer
 
-Answers are read and written character by character, as they stand on the page; only what every prompt repeats (the
-system sentence, the words of the questions) is one token each, so that prompts are short.
+Answers are read and written character by character, as they stand on the page; only what many prompts repeat (the
+system sentence, "What is the ") is one token each, so that prompts are short. No single words: they occur in answers.
 """
 import json
 from pathlib import Path
 
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from model.prompt import END, IMAGE_CLOSE, IMAGE_OPEN, IMAGE_TOKEN, START, SYSTEM
-from model.tiny.pages import FIELDS
+from model.tiny.pages import ASKED, READ
 
 SPECIAL = ("<|endoftext|>", START, END, IMAGE_OPEN, IMAGE_CLOSE, IMAGE_TOKEN)
 
@@ -31,8 +24,8 @@ def build():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False)])
-    words = ("system", "user", "assistant", "What", "is", "the", "Read", *FIELDS)
-    tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True) for word in words])
+    phrases = ("system\n", "user\n", "assistant\n", READ, *(form[:-3] for form in ASKED if form[:-3]))
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
 
 
@@ -40,6 +33,6 @@ if __name__ == "__main__":
     folder = Path(__file__).parent
     build().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": END, "pad_token": "<|endoftext|>",
-                "unk_token": None, "clean_up_tokenization_spaces": False, "model_max_length": 2048}
+                "unk_token": None, "clean_up_tokenization_spaces": False, "model_max_length": 8192}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(len(build().get_vocab()), "tokens")

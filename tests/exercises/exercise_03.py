@@ -24,8 +24,9 @@ def test_it_is_what_the_projector_sees(monkeypatch):
 
     from model import InternVL
     model = InternVL.from_pretrained("tiny", "cpu")
-    patches, seen = torch.randn(1, 256, 64), []
+    side, width = model.config.vision.grid, model.config.vision.width
+    patches, seen = torch.randn(1, side * side, width), []
     model.projector.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model.projector(patches)
-    expected = pixel_shuffle(patches[0].reshape(16, 16, 64).numpy())
-    assert np.array_equal(seen[0][0].numpy(), expected.reshape(64, 256))
+    expected = pixel_shuffle(patches[0].reshape(side, side, width).numpy())
+    assert np.array_equal(seen[0][0].numpy(), expected.reshape(-1, 4 * width))

@@ -22,7 +22,7 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
     from model import InternVL
     from model.prompt import write_page
     from model.tiling import tile_page
-    from model.tiny.pages import draw_page
+    from model.tiny.pages import SHAPES, TILE, draw_page
     from train import choose_parts
 
     class Example:
@@ -32,8 +32,8 @@ def test_it_is_the_mean_of_means_and_the_promise_is_broken():
     model, examples = InternVL.from_pretrained("tiny", "cpu"), []
     choose_parts(model, "projector")
     for i in range(4):
-        page, asked = draw_page(random.Random(i), "negative", unseen=i < 2)     # two of them ask for a whole page: many tokens
-        tiles = torch.from_numpy(tile_page(page, tile_pixels=128))
+        page, asked = draw_page(random.Random(i), "negative", SHAPES[0], unseen=i < 2)     # two of them ask for a whole page: many tokens
+        tiles = torch.from_numpy(tile_page(page, tile_pixels=TILE))
         asked = asked if i % 2 else asked[:1]
         examples.append(Example(tiles, write_page(model.tokenizer, model.config.tokens_per_tile, [len(tiles)], [[turn] for turn in asked])[0]))
 

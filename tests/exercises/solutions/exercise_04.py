@@ -4,6 +4,6 @@ def learned(tokens):
         marks.append(answering)
         if token == "<|im_end|>":
             answering = False
-        if token == "\n" and tokens[i - 2:i] == ["<|im_start|>", "assistant"]:
+        if "".join(tokens[:i + 1]).endswith("<|im_start|>assistant\n"):
             answering = True
     return marks

@@ -129,7 +129,7 @@ def add_machine_flags(parser):
     flag("--seed", type=int_in(0, 2 ** 63 - 1), default=0, help="of page order and random weights (%(default)s)")
     flag("--workers", type=int_in(0, 1000), default=min(4, os.cpu_count() or 1),
          help="processes that decode and tile pages (%(default)s)")
-    add_switch(group, "--checkpoint-activations", "recompute in the backward pass: less memory, a third more work")
+    add_switch(group, "--checkpoint-activations", "recompute activations in backward: less memory, a third more work")
     add_switch(group, "--compile", "compile the blocks with torch.compile")
     add_switch(group, "--shard", "split the weights over the GPUs, for models that one cannot hold; needs torchrun")
 

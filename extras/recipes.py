@@ -1,7 +1,7 @@
 """Which settings did others publish for this model? Flags of train.py, by name."""
 
 # Peak learning rates. The official second fine-tuning of InternVL2-1B trains projector and LLM, or LoRA, at 4e-5; its
-# domain adaptation, which also trains the vision encoder, uses 1e-5. TINY_LR, of the embedded model, was found by trial
+# domain adaptation, which also trains the vision encoder, uses 1e-5. TINY_LR, for --tiny, was found by trial.
 LR = {"projector": 4e-5, "lora": 4e-5, "llm": 4e-5, "vision": 1e-5}
 TINY_LR = {"projector": 5e-3, "lora": 5e-4, "llm": 2e-4, "vision": 2e-4}
 # Published recipes: (source, the flags they set). Their batch size counts questions, ours pages (3.87 questions on

@@ -25,7 +25,6 @@ from safetensors import safe_open
 
 from data import group_rows_into_pages
 from extras.plots import plotting
-from extras.recipes import TINY_LR
 from extras.run_folder import read_lines
 from extras.score import anls, exact_match
 from extras.sources import open_rows
@@ -36,7 +35,6 @@ from model.prompt import write_page
 from model.tiling import tile_page
 from model.tiny import pages
 from model.tiny.pages import ASKED, DOMAINS, FINISH, READ, SHAPES, UNREAD, Document, Sheet, draw_page, value_of
-from train import WHOLE
 
 INVOICE = {                             # what is asked about assets/invoice.png, drawn from invoice.html by a browser: chromium
     "What is the number?": "73120",     # --headless --hide-scrollbars --window-size=256,256 --screenshot=invoice.png invoice.html
@@ -137,7 +135,6 @@ MODES = {                               # trainable parts -> their flags; the le
 
 def modes(settings):
     """Each mode three times on a domain: a table, and the curves in assets/modes.png."""
-    common = "--model tiny --data synthetic:1 --device cpu --workers 0 --batch-pages 2 --accumulate 1 --beta2 0.98 --warmup 0.05 --eval-every 100 --eval-pages 48"
     pyplot = plotting()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     print(f"| trainable | parameters | val loss, three seeds | exact match | ANLS | {pages.TYPE[0]} to {pages.TYPE[1]} pixels, black on white, afterwards | "
@@ -146,8 +143,8 @@ def modes(settings):
         ends = []
         for seed in range(3):
             out = settings.runs / f"{settings.domain}-{train_flag}-{seed}"
-            rates = ",".join(f"{part}={TINY_LR[part]}" for part in (WHOLE if train_flag == "all" else train_flag.split(",")))
-            steps, measured = train(out, *common.split(), "--domain", settings.domain, "--train", train_flag, "--lr", rates, "--steps", settings.steps, "--seed", seed)
+            steps, measured = train(out, "--tiny", "--batch-pages", 2, "--accumulate", 1, "--domain", settings.domain, "--train", train_flag,
+                                    "--steps", settings.steps, "--seed", seed)
             axes.plot([line["step"] for line in measured], [line["val_loss"] for line in measured], color=color, marker=".", linewidth=1,
                       label=None if seed else mode)
             [checkpoint] = (out / "checkpoints").iterdir()

@@ -1,6 +1,6 @@
 """Teaches a new vision encoder and projector to see letters, before there is a language model to read them.
 
-    python -m model.tiny.eyes OUT [--model FOLDER] [--tile 128] [--steps 15000]       again: goes on from the last save
+    python -m model.tiny.eyes OUT [--model FOLDER] [--tile 128] [--steps 15000]       run it again to resume
 
 Every image token is asked which characters have their middle in it, by a linear head that is thrown away at the end;
 the decoder is not run and stays as drawn. OUT becomes a model folder of FOLDER's shape with tiles of that many pixels.
@@ -54,9 +54,9 @@ def main():
     optimizer = torch.optim.AdamW(parts.parameters(), betas=(0.9, 0.98))
     begin, right, asked = 0, 0, 0
     if saved.exists():
-        begin, *states = torch.load(saved)
-        parts.load_state_dict(states[0])
-        optimizer.load_state_dict(states[1])
+        begin, weights, moments = torch.load(saved, weights_only=True)
+        parts.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
     for step in range(begin, settings.steps):
         tiles, labels = examples(f"eyes {settings.seed} {step}", settings.batch_pages, settings.tile)
         seen = model.encode_images(tiles)                                                 # (tokens, D)

@@ -15,8 +15,8 @@ from model.tiny.eyes import write_shape
 def main(folder, out):
     model = InternVL.from_pretrained(folder, "cpu")
     vision, grid = model.vision, model.config.vision.grid
-    first, places = vision.position.split([1, grid ** 2], dim=1)
-    places = places.unflatten(1, (grid, grid)).repeat(1, 2, 2, 1).flatten(1, 2)
+    first, places = vision.position.split([1, grid ** 2], dim=1)                      # (1, 1, D), (1, grid * grid, D)
+    places = places.unflatten(1, (grid, grid)).repeat(1, 2, 2, 1).flatten(1, 2)        # (1, 4 * grid * grid, D)
     vision.position = torch.nn.Parameter(torch.cat([first, places], dim=1))
     model.save_pretrained(out)
     write_shape(model, out, 2 * model.config.vision.tile_pixels)

@@ -3,7 +3,7 @@
     python -m model.tiny.pages DIR N [--domain worn] [--seed 0]     N pages as PNG, their questions in questions.jsonl
 
 What stands on a page, in words of words.toml, is decided first (a `Sheet`), then it is drawn. A *domain* is what pages
-look like: the embedded model was made on the first four of DOMAINS, the others are there to be learned.
+look like. The embedded model was trained on the first four of DOMAINS; the others are for training on something new.
 
 Fonts: Aileron (CC0) comes inside Pillow; DejaVu (Bitstream Vera's license), STIX (SIL Open Font License) and Computer
 Modern (BaKoMa's license) inside matplotlib. All may be passed on; nothing but drawing pages needs them.
@@ -53,7 +53,7 @@ def held_out(value):
     return zlib.crc32(value.encode()) % 8 == 0
 
 
-def value_of(draw, kind, unseen):
+def value_of(draw, kind, unseen):                       # a held-out value if `unseen`, else one for training
     return next(value for value in iter(lambda: write_value(draw, kind), None) if held_out(value) == unseen)
 
 
@@ -293,7 +293,7 @@ FINISH = {                                              # domains that change th
     "negative": lambda draw, page: ImageOps.invert(page),
     "outline": lambda draw, page: page.filter(ImageFilter.CONTOUR),
 }
-UNREAD = ("copies", "negative")                         # no base is made on them, and it reads next to nothing of them
+UNREAD = ("copies", "negative")                         # the base was not trained on them and reads almost none of them
 DOMAINS = ("plain", "lines", "slips", "worn", "italics", "outline", *UNREAD)
 
 

@@ -23,8 +23,7 @@ HELP = """\
 /video PATH              show a video with the next question
 /undo                    take the last question back; its images wait for the next one
 /clear                   forget the conversation and its images
-/settings [NAME VALUE]   show or change max_tiles, max_new_tokens, temperature, top_p, seed,
-                         repetition_penalty
+/settings [NAME VALUE]   show the settings or change one, as in /settings max_tiles 6
 /help                    list the commands
 /quit  /exit             end the chat, as Ctrl-D does"""
 

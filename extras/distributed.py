@@ -222,10 +222,6 @@ def seen(example):
                    prompt=replace(example.prompt, numbers=torch.empty(0)))
 
 
-def is_own(example):
-    return not example.tiles.is_meta
-
-
 class Hands(Dataset):
     """[page] -> [example]: what a worker makes of this rank's pages of a step."""
 
@@ -334,7 +330,7 @@ def of_this_rank(forward_backward, accumulate):
     most = -(-accumulate // RANKS)                          # micro-batches of a rank
 
     def own_part(model, micro_batches, *more):
-        own = [batch for batch in micro_batches if is_own(batch[0])]
+        own = [batch for batch in micro_batches if not batch[0].tiles.is_meta]
         if SHARDED:
             with others_there():
                 loss = forward_backward(model, with_blanks(model, own, most), *more)

@@ -36,7 +36,6 @@ from model.prompt import OTHER_PLACE, PLACEHOLDER
 from model.tokenizer import TOKENIZER_FILES, clean
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "seed", "repetition_penalty")   # the settings of `generate`
-PREDICTION = ("questionId", "answer")                                   # the keys of a prediction
 LINE_BEGIN = b'{"fingerprint": "'                                       # of a line of answers
 
 
@@ -361,7 +360,7 @@ def evaluate_rows(model, rows, settings, path=None, batch=1, allow_private=False
                 write(earlier)
                 bar.update(len(lines) - len(waiting) - bar.n)
     table = score_table(lines)
-    write_json(path, [{key: line[key] for key in PREDICTION} for line in lines])
+    write_json(path, [{key: line[key] for key in ("questionId", "answer")} for line in lines])
     asked = write({}, scores=table, not_answered=sum(line["error"] is not None for line in lines))
     print_counts(lines, sum(line["key"] in earlier for line in lines), len(earlier.keys() - asked))
     return lines, table

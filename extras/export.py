@@ -28,7 +28,6 @@ from model.config import Config
 from model.names import PARTS, file_names, join_rows, official_name, part_of, split
 from model.tokenizer import SENTENCEPIECE, TOKENIZER_FILES, load_tokenizer, special_id
 
-CARD_FILE = "README.md"
 LAYOUT, CHAT_TEMPLATE, HOW_TO_OPEN = (Path(__file__).with_name(name) for name in (
     "transformers_layout.json", "chat_template.jinja", "model_card.md"))
 CARD = (                                # settings in a model card
@@ -242,7 +241,7 @@ def write_card(run, folder, layout, last_step, name):
     card += ["", how_to_open(folder, layout, name, settings["model"], merges(run, layout))]
     library = {"transformers": "transformers", "native": "transformers", "peft": "peft"}.get(layout)
     data = ModelCardData(base_model=settings["model"], pipeline_tag="image-text-to-text", library_name=library)
-    write_text(folder / CARD_FILE, f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(card) + "\n")
+    write_text(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(card) + "\n")
 
 
 def how_to_open(folder, layout, name, base, merged):

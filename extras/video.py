@@ -13,7 +13,6 @@ from PIL import Image, ImageSequence
 from model.errors import InputError
 from model.images import load_image
 
-ANIMATED = (".gif", ".webp", ".png", ".apng")
 PDF_DPI, DOCUMENT_PAGES = 200, 40               # resolution, as of the scans in DocumentVQA; most pages at once
 
 
@@ -81,7 +80,7 @@ def read_video(path, frames=8, span=None):
     """Read `frames` RGB Pillow images of a video file, at the places of `frame_places`. Raises InputError."""
     if "://" in str(path) or Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path}: not a file; expected a video in a file on this machine")
-    if Path(path).suffix.lower() in ANIMATED:
+    if Path(path).suffix.lower() in (".gif", ".webp", ".png", ".apng"):
         return read_animation(path, frames, span)
     try:
         import av

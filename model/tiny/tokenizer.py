@@ -35,4 +35,3 @@ if __name__ == "__main__":
     settings = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": END, "pad_token": "<|endoftext|>",
                 "unk_token": None, "clean_up_tokenization_spaces": False, "model_max_length": 8192}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    print(len(build().get_vocab()), "tokens")

@@ -144,7 +144,7 @@ def modes(settings):
         for seed in range(3):
             out = settings.runs / f"{settings.domain}-{train_flag}-{seed}"
             steps, measured = train(out, "--tiny", "--batch-pages", 2, "--accumulate", 1, "--domain", settings.domain, "--train", train_flag,
-                                    "--steps", settings.steps, "--seed", seed)
+                                    "--steps", settings.steps, "--eval-every", 100, "--seed", seed)
             axes.plot([line["step"] for line in measured], [line["val_loss"] for line in measured], color=color, marker=".", linewidth=1,
                       label=None if seed else mode)
             [checkpoint] = (out / "checkpoints").iterdir()

@@ -19,8 +19,7 @@ SHOWN = "page", "tiles", "patches", "tokens", "looked", "answer"
 
 def example():
     """The page of model/README.md, a Pillow image, and its question."""
-    page, asked = draw_page(random.Random("test 11"), shape=SHAPES[1])
-    return page, next(question for question, _ in asked if "tax" in question)
+    return draw_page(random.Random("test 11"), shape=SHAPES[1])[0], "What is the tax?"
 
 
 def draw(folder):

@@ -310,7 +310,7 @@ def write_page(draw, domain, shape, unseen, sizes=None):
         sheet = Sheet(shape)
         facts = Document(draw, sheet, value, fonts, sizes).facts
     for label, (value, own) in draw.sample(list(facts.items()), min(6, len(facts))):
-        question = draw.choice((*ASKED, own or ASKED[0])).format(label)
+        question = draw.choice((*ASKED, *[own or ASKED[0]] * 2)).format(label)          # its own is the hardest
         questions.append((question[0].upper() + question[1:], value))
     if only_lines or not unseen and draw.random() < 0.5:
         questions.append((READ, sheet.text()))
@@ -353,7 +353,8 @@ class SyntheticRows:
     def drawn(self, page):
         """What a page is drawn with: a random generator, domain, shape, whether its values are held out."""
         draw = random.Random(f"{self.split} {self.seed} {page}")
-        shapes = [shape for shape in SHAPES if shape[0] * shape[1] <= TILE ** 2 * self.tiles]
+        # more than every second page has one tile
+        shapes = [shape for shape in SHAPES[:1] * 3 + SHAPES if shape[0] * shape[1] <= TILE ** 2 * self.tiles]
         return draw, draw.choice(self.domains.split(",")), draw.choice(shapes), self.split != "train"
 
     def numbered(self, start=0):

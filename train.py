@@ -38,7 +38,7 @@ from model.names import official_name, part_of
 
 PARTS = ("projector", "lora", "llm", "vision")
 WHOLE = tuple(part for part in PARTS if part != "lora")                # the model without adapters
-TINY = dict(model="tiny", data="synthetic:1", domain="copies", batch_pages=1, accumulate=2, steps=700,
+TINY = dict(model="tiny", data="synthetic:1", domain="hollow", batch_pages=1, accumulate=2, steps=700,
             beta2=0.98, warmup=0.05, eval_every=175, eval_pages=48, device="cpu", workers=0)    # what --tiny sets
 # settings that a resumed run cannot change: what is trainable, and which page comes next
 FIXED = ("train", "lora_rank", "lora_alpha", "lora_targets", "from_scratch", "init", "seed", "shuffle", "look_ahead",

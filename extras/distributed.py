@@ -301,8 +301,7 @@ def answers(pages, dataset, batch, make_examples, answer):
 
     `make_examples` and `answer`: as in extras/evaluate.py, with everything but pages and dataset, or examples, given.
     """
-    rounds = data.chunks(pages, ROUND * batch * RANKS)
-    share = ROUND * batch
+    rounds, share = data.chunks(pages, ROUND * batch * RANKS), ROUND * batch
 
     def deal():
         taken = next(rounds, None)

@@ -49,8 +49,7 @@ def draw_tiles(pictures, tokens_per_tile):
 def draw_grid(tiles, columns, rows, tokens_per_tile):
     size, count, thumbnail = tiles.shape[-1], columns * rows, len(tiles) > columns * rows
     scale = max(1, size // 128)
-    edge = EDGE * scale
-    cell = size + edge
+    edge, cell = EDGE * scale, size + EDGE * scale
     text = (f"{columns} x {rows} tile{'s' * (count > 1)}{' and a thumbnail' if thumbnail else ''}, "
             f"{len(tiles)} x {tokens_per_tile} = {len(tiles) * tokens_per_tile:,} tokens")
     font = ImageFont.load_default(size=14 * scale)

@@ -67,8 +67,7 @@ def draw_curve(folder, lines):
     axes.grid(alpha=0.3)
     scored = [(line["step"], line["anls"]) for line in lines if "anls" in line]
     if scored:
-        right = axes.twinx()
-        style = dict(color=RIGHT, marker="s", linestyle="--")
+        right, style = axes.twinx(), dict(color=RIGHT, marker="s", linestyle="--")
         axes.plot([], [], label="ANLS of its answers", **style)                 # its line in the legend
         right.plot(*zip(*scored), **style)
         right.set(ylabel="ANLS", ylim=(0, 1.05))

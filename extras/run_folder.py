@@ -399,8 +399,7 @@ def save_checkpoint(path, model, optimizer, state, run_id=""):
 
     Raises InputError where it cannot be written; an older file of this name then stays as it was.
     """
-    tensors = dict(checkpoint_tensors(model, optimizer))
-    state = json.dumps(state)
+    tensors, state = dict(checkpoint_tensors(model, optimizer)), json.dumps(state)
     metadata = {"state": state, "sha256": checkpoint.checksum(tensors, tensors.get, state), "run_id": run_id}
     metadata |= {"lora_scale": str(adapter.scale) for adapter in lora.adapters(model).values()}     # all have the same
     try:

@@ -1,8 +1,8 @@
 """Drawn pages are the same everywhere, their values are held out; the embedded model's files are what their makers write."""
-import io
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -65,15 +65,21 @@ def test_pages_fill_their_tiles(shape, tiles):
     assert len(tile_page(page, tile_pixels=TILE)) == tiles
 
 
-def test_every_look_is_of_its_own_and_says_the_same():
-    looks = [draw_page(random.Random(3), domain, sizes=(18, 24)) for domain in ("plain", "outline", *UNREAD)]
-    assert all(questions == looks[0][1] for _, questions in looks)
-    assert len({page.convert("RGB").tobytes() for page, _ in looks}) == len(looks)
+def test_every_look_is_of_its_own_and_a_negative_says_the_same():
+    looks = [draw_page(random.Random(5), domain) for domain in DOMAINS]
+    assert len({page.convert("L").tobytes() for page, _ in looks}) == len(looks)
+    assert dict(zip(DOMAINS, looks))["negative"][1] == looks[0][1]
     for domain in DOMAINS:
         page, questions = draw_page(random.Random(3), domain)
         assert len(set(page.convert("L").tobytes())) > 8 and questions and all(answer for _, answer in questions)
-    mixed = {Image.open(io.BytesIO(bytes(row["image"]["bytes"]))).mode for row in rows("train", 60, domains="plain,copies")}
-    assert mixed == {"L", "RGB"}
+
+
+def test_hollow_digits_are_drawn_and_the_answers_have_ordinary_ones():
+    for seed in range(30):
+        sheet, questions = write_page(random.Random(seed), "hollow", SHAPES[0], True)
+        drawn = "".join(text for _, _, text, *_ in sheet.runs)
+        assert not re.search("[0-9]", drawn) and all(answer.translate(pages.HOLLOW) in drawn for _, answer in questions)
+        assert all(re.search("[0-9][0-9][.][0-9][0-9]", answer) for _, answer in questions)
 
 
 @pytest.mark.parametrize("font", [*FONTS, *UNSEEN_FONTS])

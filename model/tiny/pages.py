@@ -1,6 +1,6 @@
 """Documents drawn with Pillow: letters, invoices, receipts, forms and tables in proportional type, seeded and endless.
 
-    python -m model.tiny.pages DIR N [--domain worn] [--seed 0]     N pages as PNG, their questions in questions.jsonl
+    python -m model.tiny.pages DIR N [--domain worn]                N pages as PNG, their questions in questions.jsonl
 
 What stands on a page, in words of words.toml, is decided first (a `Sheet`), then it is drawn. A *domain* is what pages
 look like. The embedded model was trained on the first four of DOMAINS; the others are for training on something new.
@@ -33,6 +33,7 @@ READ = "Read the page."                                 # asked in training, and
 ASKED = ("What is the {}?", "{}?", "Find the {}.", "Tell me the {}.")   # of any field; each has one of its own besides
 TEXTS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 FONTS, UNSEEN_FONTS, FIELDS, COLUMNS, KINDS = (TEXTS[key] for key in ("fonts", "unseen", "fields", "columns", "kinds"))
+HOLLOW = str.maketrans("0123456789", "𝟘𝟙𝟚𝟛𝟜𝟝𝟞𝟟𝟠𝟡")    # digits in which a stroke is two thin lines: blackboard bold
 FORMS = TEXTS["values"] | {kind: words.split() for kind, words in TEXTS["words"].items()}
 
 
@@ -269,11 +270,14 @@ class Document:
 # --------------------------------------------------------------------------------------------------- what it looks like
 
 def worn(draw, page):
-    """As a scan or a photo leaves it: another size, a slight turn, blur, gray paper and pale ink, noise, JPEG."""
+    """As a scan or a photo leaves it: condensed, ink spread or thin, a slight turn, blur, gray paper, noise, JPEG."""
     if draw.random() < 0.4:
-        scale = draw.uniform(0.9, 1.1)
-        sides = [round(side * scale * draw.uniform(0.97, 1.03)) for side in page.size]
-        page = page.resize(sides, Image.Resampling.BICUBIC)
+        small = page.resize([round(side * draw.uniform(0.85, 1)) for side in page.size], Image.Resampling.BICUBIC)
+        page = Image.new("L", page.size, 255)
+        page.paste(small, [draw.randint(0, room - side) for room, side in zip(page.size, small.size)])
+    if draw.random() < 0.3:
+        ink = page.filter(draw.choice((ImageFilter.MinFilter, ImageFilter.MaxFilter))(3))
+        page = Image.blend(page, ink, draw.uniform(0.1, 0.5))
     if draw.random() < 0.3:
         page = page.rotate(draw.uniform(-0.7, 0.7), Image.Resampling.BILINEAR, fillcolor=255)
     if draw.random() < 0.4:
@@ -281,39 +285,40 @@ def worn(draw, page):
     low, high = (draw.randint(0, 90), draw.randint(215, 255)) if draw.random() < 0.6 else (0, 255)
     pixels = np.asarray(page, np.float32) * ((high - low) / 255) + low
     if draw.random() < 0.4:
-        noise = np.random.default_rng(draw.getrandbits(32)).standard_normal(pixels.shape, np.float32)
-        pixels += noise * draw.uniform(2, 14)
+        noise = np.random.default_rng(draw.getrandbits(32))
+        pixels += noise.standard_normal(pixels.shape, np.float32) * draw.uniform(2, 14)
     page = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return compressed(page, draw.randint(40, 95)) if draw.random() < 0.3 else page
 
 
 FINISH = {                                              # domains that change the whole page
     "worn": worn,
-    "copies": lambda draw, page: ImageOps.colorize(page, (0, 70, 30), (255, 235, 120)),    # green ink, yellow paper
     "negative": lambda draw, page: ImageOps.invert(page),
-    "outline": lambda draw, page: page.filter(ImageFilter.CONTOUR),
 }
-UNREAD = ("copies", "negative")                         # the base was not trained on them and reads almost none of them
-DOMAINS = ("plain", "lines", "slips", "worn", "italics", "outline", *UNREAD)
+UNREAD = ("hollow", "negative")                         # the base was not trained on them and reads almost none of them
+DOMAINS = ("plain", "lines", "slips", "worn", "italics", *UNREAD)
 
 
 def write_page(draw, domain, shape, unseen, sizes=None):
     """What stands on a page, and what is asked about it: (Sheet, [(question, answer), ...])."""
-    fonts = list(UNSEEN_FONTS if domain == "italics" else FONTS)
-    sizes = sizes or {"slips": (12, 16), "copies": (18, 24)}.get(domain, TYPE)
+    fonts = {"italics": list(UNSEEN_FONTS), "hollow": ["sans", "sans-bold"]}.get(domain, list(FONTS))
+    sizes = sizes or {"slips": (12, 16), "hollow": (22, 24)}.get(domain, TYPE)
     shape = (128, 128) if domain == "slips" else shape  # a first, smaller tile: see README.md
     only_lines = domain == "lines" or domain in ("slips", "worn") and draw.random() < 0.4
-    sheet, facts, questions, value = Sheet(shape), {}, [], functools.partial(value_of, draw, unseen=unseen)
+    sheet, facts, questions, value = Sheet(shape), [], [], functools.partial(value_of, draw, unseen=unseen)
     if only_lines:
         write_lines(draw, sheet, value, fonts, sizes)
     while not only_lines and not facts:
         sheet = Sheet(shape)
-        facts = Document(draw, sheet, value, fonts, sizes).facts
-    for label, (value, own) in draw.sample(list(facts.items()), min(6, len(facts))):
+        facts = Document(draw, sheet, value, fonts, sizes).facts.items()
+        facts = [fact for fact in facts if domain != "hollow" or re.search(r"\d\d\.\d\d", fact[1][0])]   # amounts only
+    for label, (value, own) in draw.sample(facts, min(6, len(facts))):
         question = draw.choice((*ASKED, *[own or ASKED[0]] * 2)).format(label)          # its own is the hardest
         questions.append((question[0].upper() + question[1:], value))
     if only_lines or not unseen and draw.random() < 0.5:
         questions.append((READ, sheet.text()))
+    if domain == "hollow":
+        sheet.runs = [(x, y, text.translate(HOLLOW), *type) for x, y, text, *type in sheet.runs]
     return sheet, questions
 
 
@@ -353,8 +358,8 @@ class SyntheticRows:
     def drawn(self, page):
         """What a page is drawn with: a random generator, domain, shape, whether its values are held out."""
         draw = random.Random(f"{self.split} {self.seed} {page}")
-        # more than every second page has one tile
-        shapes = [shape for shape in SHAPES[:1] * 3 + SHAPES if shape[0] * shape[1] <= TILE ** 2 * self.tiles]
+        # as many pages of one tile as of two and of four
+        shapes = [s for s in SHAPES[:1] + SHAPES + SHAPES[3:] if s[0] * s[1] <= TILE ** 2 * self.tiles]
         return draw, draw.choice(self.domains.split(",")), draw.choice(shapes), self.split != "train"
 
     def numbered(self, start=0):
@@ -375,15 +380,14 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("count", type=int)
     parser.add_argument("--domain", choices=DOMAINS, default="plain")
-    parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
     settings.folder.mkdir(parents=True, exist_ok=True)
     with open(settings.folder / "questions.jsonl", "w", encoding="utf-8") as file:
         for index in range(settings.count):
-            page, questions = draw_page(random.Random(f"written {settings.seed} {index}"), settings.domain)
+            page, questions = draw_page(random.Random(f"written {index}"), settings.domain)
             page.save(settings.folder / f"{index}.png")
-            for question, answer in questions:
-                file.write(json.dumps({"question": question, "images": [f"{index}.png"], "answer": answer}) + "\n")
+            lines = [{"question": asked, "images": [f"{index}.png"], "answer": answer} for asked, answer in questions]
+            file.writelines(json.dumps(line) + "\n" for line in lines)
     print(f"{settings.count} pages in {settings.folder}, their questions and answers in questions.jsonl")
 
 

@@ -115,7 +115,7 @@ def seconds(steps):
 
 
 def first(settings):
-    print("| seed | exact match before | halfway | at the end | val loss before → after | black on white afterwards | seconds of training |\n"
+    print("| seed | exact match before | halfway | at the end | val loss before → after | plain pages afterwards | seconds of training |\n"
           "|---|---|---|---|---|---|---|")
     for seed in range(3):
         out = settings.runs / f"first-{seed}"
@@ -137,7 +137,7 @@ def modes(settings):
     """Each mode three times on a domain: a table, and the curves in assets/modes.png."""
     pyplot = plotting()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    print(f"| trainable | parameters | val loss, three seeds | exact match | ANLS | {pages.TYPE[0]} to {pages.TYPE[1]} pixels, black on white, afterwards | "
+    print(f"| trainable | parameters | val loss, three seeds | exact match | ANLS | {pages.TYPE[0]} to {pages.TYPE[1]} pixels, plain pages, afterwards | "
           "seconds of training | peak memory, GB |\n|---|---|---|---|---|---|---|---|")
     for color, (mode, train_flag) in zip(("tab:red", "tab:blue", "tab:green", "tab:grey"), MODES.items()):
         ends = []

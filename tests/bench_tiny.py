@@ -34,8 +34,9 @@ from model.images import load_image
 from model.prompt import write_page
 from model.tiling import tile_page
 from model.tiny import pages
-from model.tiny.pages import ASKED, DOMAINS, FINISH, READ, SHAPES, UNREAD, Document, Sheet, draw_page, value_of
+from model.tiny.pages import ASKED, DOMAINS, FINISH, READ, SHAPES, Document, Sheet, draw_page, value_of
 
+UNREAD = "hollow", "negative"           # domains that the embedded model was not trained on, and of which it reads almost nothing
 INVOICE = {                             # what is asked about assets/invoice.png, drawn from invoice.html by a browser: chromium
     "What is the number?": "73120",     # --headless --hide-scrollbars --window-size=256,256 --screenshot=invoice.png invoice.html
     "What is the date?": "March 5, 2024", "When is it due?": "April 4, 2024", "What is the bill to?": "Laura Fischer",

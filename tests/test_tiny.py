@@ -8,6 +8,7 @@ import sys
 
 import bench_tiny
 import pytest
+from bench_tiny import UNREAD
 from commands import call, infer, train
 from conftest import ROOT
 from embedded import PUBLISHED
@@ -26,7 +27,6 @@ from model.tiny.pages import (
     READ,
     SHAPES,
     TILE,
-    UNREAD,
     UNSEEN_FONTS,
     Sheet,
     SyntheticRows,

@@ -1,6 +1,6 @@
 """Documents drawn with Pillow: letters, invoices, receipts, forms and tables in proportional type, seeded and endless.
 
-    python -m model.tiny.pages DIR N [--domain worn]                N pages as PNG, their questions in questions.jsonl
+    python -m model.tiny.pages DIR N [--domain worn] [--seed 0]     N pages as PNG, their questions in questions.jsonl
 
 What stands on a page, in words of words.toml, is decided first (a `Sheet`), then it is drawn. A *domain* is what pages
 look like. The embedded model was trained on the first four of DOMAINS; the others are for training on something new.
@@ -270,7 +270,7 @@ class Document:
 # --------------------------------------------------------------------------------------------------- what it looks like
 
 def worn(draw, page):
-    """As a scan or a photo leaves it: condensed, ink spread or thin, a slight turn, blur, gray paper, noise, JPEG."""
+    """As a scan or a photo leaves it: smaller, ink spread or thinned, a slight turn, blur, gray paper, noise, JPEG."""
     if draw.random() < 0.4:
         small = page.resize([round(side * draw.uniform(0.85, 1)) for side in page.size], Image.Resampling.BICUBIC)
         page = Image.new("L", page.size, 255)
@@ -295,8 +295,7 @@ FINISH = {                                              # domains that change th
     "worn": worn,
     "negative": lambda draw, page: ImageOps.invert(page),
 }
-UNREAD = ("hollow", "negative")                         # the base was not trained on them and reads almost none of them
-DOMAINS = ("plain", "lines", "slips", "worn", "italics", *UNREAD)
+DOMAINS = ("plain", "lines", "slips", "worn", "italics", "hollow", "negative")
 
 
 def write_page(draw, domain, shape, unseen, sizes=None):
@@ -380,11 +379,12 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("count", type=int)
     parser.add_argument("--domain", choices=DOMAINS, default="plain")
+    parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
     settings.folder.mkdir(parents=True, exist_ok=True)
     with open(settings.folder / "questions.jsonl", "w", encoding="utf-8") as file:
         for index in range(settings.count):
-            page, questions = draw_page(random.Random(f"written {index}"), settings.domain)
+            page, questions = draw_page(random.Random(f"written {settings.seed} {index}"), settings.domain)
             page.save(settings.folder / f"{index}.png")
             lines = [{"question": asked, "images": [f"{index}.png"], "answer": answer} for asked, answer in questions]
             file.writelines(json.dumps(line) + "\n" for line in lines)
